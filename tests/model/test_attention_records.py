@@ -113,9 +113,9 @@ def test_scores_of_any_architecture_are_scaled_as_in_the_closed_form(any_model):
 @pytest.mark.parametrize("kind", ["xglm", "codegen"])
 def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_path, kind):
     """XGLM refuses a mask by head; CodeGen divides its scores after the mask."""
-    model, made = load_model(tiny_model(kind)), {}
+    model, patterns = load_model(tiny_model(kind)), {}
     for name, records in (("plain", ()), ("scaled", wb.ScaleAttention(1, None, 2, 3.0))):
-        made[name] = wb.record(
+        patterns[name] = wb.record(
             model,
             [IDS[0].tolist()],
             sites=["pattern.1"],
@@ -124,12 +124,12 @@ def test_scores_are_changed_before_the_softmax_in_attention_of_its_own_kind(tmp_
             show_progress=False,
             interventions=records,
         )["pattern.1"][:]
-    expected = made["plain"] / (1 + 2 * made["plain"][..., 2:3])
+    expected = patterns["plain"] / (1 + 2 * patterns["plain"][..., 2:3])
     expected[..., 2] *= 3
     if kind == "xglm":
         text = refused(RequestError, lambda: wb.intervene(model, wb.ScaleAttention(1, 0, 2, 3.0)))
         assert text == "layer 1: the attention of XGLMForCausalLM takes one mask for all heads; give head=None"
-    torch.testing.assert_close(made["scaled"], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(patterns["scaled"], expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.torture

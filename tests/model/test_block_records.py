@@ -24,7 +24,7 @@ def llama(tiny_models, tiny_tokenizer):
     return Model(tiny_models["llama"], tiny_tokenizer, "llama")
 
 
-def same(model, record, expected):
+def assert_same_logits(model, record, expected):
     """The same logits bit by bit in a pass and in generation, and others than the plain model's."""
     plain = logits(model.module, IDS)
     with wb.intervene(model, record) as run:
@@ -40,11 +40,11 @@ def same(model, record, expected):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_skipped_block_passes_its_input_on(model, layer):
-    same(model, wb.SkipBlock(layer), without_block(model.module, model.site_map.blocks, layer))
+    assert_same_logits(model, wb.SkipBlock(layer), without_block(model.module, model.site_map.blocks, layer))
 
 
 def test_exchanged_blocks_are_exchanged_weights(model):
-    same(model, wb.SwapBlocks(0, 2), weights_exchanged(model.module, model.site_map.blocks, 0, 2))
+    assert_same_logits(model, wb.SwapBlocks(0, 2), weights_exchanged(model.module, model.site_map.blocks, 0, 2))
 
 
 @pytest.mark.torture
@@ -53,8 +53,8 @@ def test_blocks_of_any_architecture_are_skipped_and_exchanged(kind):
     from workbench.experiments.architectures.tiny import tiny_model
 
     model = load_model(tiny_model(kind))
-    same(model, wb.SkipBlock(1), without_block(model.module, model.site_map.blocks, 1))
-    same(model, wb.SwapBlocks(0, 2), weights_exchanged(model.module, model.site_map.blocks, 0, 2))
+    assert_same_logits(model, wb.SkipBlock(1), without_block(model.module, model.site_map.blocks, 1))
+    assert_same_logits(model, wb.SwapBlocks(0, 2), weights_exchanged(model.module, model.site_map.blocks, 0, 2))
 
 
 def test_after_an_exchange_layers_are_places(llama):

@@ -30,8 +30,8 @@ def test_logits_are_those_of_whole_passes(tiny_model, ids):
     masks = torch.tensor([False, True, False]).repeat(len(ids))[:, None]
     copies = prompts.logits(3, [wb.Set("z.1", value, at=masks, head=2)])
     torch.testing.assert_close(copies[:, 1], changed, atol=1e-5, rtol=1e-5)
-    for other in (0, 2):
-        torch.testing.assert_close(copies[:, other], plain, atol=1e-5, rtol=1e-5)
+    for index in (0, 2):
+        torch.testing.assert_close(copies[:, index], plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(prompts.logits()[:, 0], plain, atol=1e-5, rtol=1e-5)  # the cache did not change
 
 

@@ -36,8 +36,8 @@ def count_runs(module, *paths):
 
 def test_a_hooked_site_is_what_passes_through_its_module(llama, batch):
     module, sites = llama
-    wanted = ["embed", "resid_pre.1", "q.0", "attn_out.1", "resid_mid.1", "mlp_post.2", "resid_post.2", "final_norm"]
-    ours = captured(module, sites.select([*wanted, "logits"]), batch)
+    names = ["embed", "resid_pre.1", "q.0", "attn_out.1", "resid_mid.1", "mlp_post.2", "resid_post.2", "final_norm"]
+    values = captured(module, sites.select([*names, "logits"]), batch)
     outputs = {}
     layers = module.model.layers
     module.model.embed_tokens.register_forward_hook(lambda _m, _a, out: outputs.update({"embed": out}))
@@ -52,23 +52,23 @@ def test_a_hooked_site_is_what_passes_through_its_module(llama, batch):
     module.model.norm.register_forward_hook(lambda _m, _a, out: outputs.update({"final_norm": out}))
     with torch.no_grad():
         outputs["logits"] = module(input_ids=batch[0], attention_mask=batch[1]).logits
-    assert ours.keys() == outputs.keys()
+    assert values.keys() == outputs.keys()
     for short, expected in outputs.items():
-        assert torch.equal(ours[short], expected), short
+        assert torch.equal(values[short], expected), short
 
 
 def test_attention_parts_are_those_of_the_call(llama, batch):
     """Against the projections, rotated here in float64 by the textbook formula."""
     module, sites = llama
-    ours = captured(module, sites.select(["q.1", "k.1", "v.1", "rot_q.1", "rot_k.1", "z.1", "pattern.1"]), batch)
+    values = captured(module, sites.select(["q.1", "k.1", "v.1", "rot_q.1", "rot_k.1", "z.1", "pattern.1"]), batch)
     position = np.arange(N)[:, None]
     angle = position * 10_000.0 ** -(np.arange(4) / 4)
     cos, sin = (np.tile(f(angle), 2)[None, :, None, :] for f in (np.cos, np.sin))
     for part in ("q", "k"):
-        x = ours[f"{part}.1"].double().numpy()
+        x = values[f"{part}.1"].double().numpy()
         turned = np.concatenate([-x[..., 4:], x[..., :4]], axis=-1)
-        np.testing.assert_allclose(ours[f"rot_{part}.1"], x * cos + turned * sin, atol=1e-5)
-    q, k, v = (ours[name].double().numpy() for name in ("rot_q.1", "rot_k.1", "v.1"))
+        np.testing.assert_allclose(values[f"rot_{part}.1"], x * cos + turned * sin, atol=1e-5)
+    q, k, v = (values[name].double().numpy() for name in ("rot_q.1", "rot_k.1", "v.1"))
     k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
     scores = np.einsum("bqhd,bkhd->bqhk", q, k) / math.sqrt(8)
     scores = np.where(np.tril(np.ones((N, N), bool))[None, :, None, :], scores, -np.inf)
@@ -76,8 +76,8 @@ def test_attention_parts_are_those_of_the_call(llama, batch):
     pattern /= pattern.sum(-1, keepdims=True)
     z = np.einsum("bqhk,bkhd->bqhd", pattern, v)
     for row, n in enumerate(LENGTHS):  # causal: padding on the right changes nothing to its left
-        np.testing.assert_allclose(ours["pattern.1"][row, :n], pattern[row, :n], atol=1e-6)
-        np.testing.assert_allclose(ours["z.1"][row, :n], z[row, :n], atol=1e-5)
+        np.testing.assert_allclose(values["pattern.1"][row, :n], pattern[row, :n], atol=1e-6)
+        np.testing.assert_allclose(values["z.1"][row, :n], z[row, :n], atol=1e-5)
 
 
 def test_patterns_see_neither_padding_nor_the_future(tiny_models, maps, batch):
@@ -97,10 +97,10 @@ def test_a_pattern_a_module_returns_is_turned_to_rows(batch):
     (site,) = find_sites(module).select(["pattern.1"])
     assert site.tap.part == "returned_weights"
     ids = batch[0] % 100 + 8
-    ours = captured(module, [site], (ids, batch[1]))["pattern.1"]
+    pattern = captured(module, [site], (ids, batch[1]))["pattern.1"]
     with torch.no_grad():
         expected = module(input_ids=ids, attention_mask=batch[1], output_attentions=True).attentions[1]
-    assert torch.equal(ours, expected.permute(0, 2, 1, 3))
+    assert torch.equal(pattern, expected.permute(0, 2, 1, 3))
 
 
 def test_nothing_asked_runs_nothing(llama, batch):
@@ -114,7 +114,7 @@ def test_nothing_asked_runs_nothing(llama, batch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "ran"),
+    ("site_names", "modules"),
     [
         (["resid_post.0"], {"model.layers.0"}),
         (["resid_pre.1"], {"model.layers.0", "model.layers.1"}),
@@ -124,11 +124,11 @@ def test_nothing_asked_runs_nothing(llama, batch):
         (["logits"], {"model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"}),
     ],
 )
-def test_the_pass_ends_with_the_deepest_site(llama, batch, wanted, ran):
+def test_the_pass_ends_with_the_deepest_site(llama, batch, site_names, modules):
     module, sites = llama
     runs = count_runs(module, *(f"model.layers.{layer}" for layer in range(3)), "model.norm", "lm_head")
-    captured(module, sites.select(wanted), batch)
-    assert runs == dict.fromkeys(ran, 1)
+    captured(module, sites.select(site_names), batch)
+    assert runs == dict.fromkeys(modules, 1)
 
 
 def test_a_site_inside_a_block_spares_the_rest_of_it(llama, batch):
@@ -223,9 +223,9 @@ def test_dropout_is_off_and_no_gradient_is_kept(llama, batch):
     for layer in module.model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.9))
     module.train()
-    ours = captured(module, sites.select(["resid_post.2"]), batch)["resid_post.2"]
-    assert torch.equal(ours, expected)
-    assert not ours.requires_grad
+    stream = captured(module, sites.select(["resid_post.2"]), batch)["resid_post.2"]
+    assert torch.equal(stream, expected)
+    assert not stream.requires_grad
 
 
 def test_evaluating_restores_after_an_exception():
@@ -293,8 +293,8 @@ def test_batch_and_position_in_one_axis_are_told_apart(batch):
 
     module = Flat()
     site = Site("blocks.0.hook_resid_post", ("head", "d_head"), (2, 3), Tap("body", "out"))
-    ours = captured(module, [site], batch)["resid_post.0"]
-    assert torch.equal(ours, module.embed(batch[0]).detach().unflatten(2, (2, 3)))
+    stream = captured(module, [site], batch)["resid_post.0"]
+    assert torch.equal(stream, module.embed(batch[0]).detach().unflatten(2, (2, 3)))
 
 
 # ---- small tools ----------------------------------------------------------------------------------------

@@ -227,15 +227,15 @@ def test_no_statistic_sees_more_than_a_few_query_rows(tiny_models, implementatio
 
 def test_the_pass_ends_behind_the_last_derived_site(tiny_models):
     module = copy.deepcopy(tiny_models["llama"])
-    ran = []
-    module.model.layers[1].mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+    calls = []
+    module.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append("mlp"))
     sites = find_sites(module).select(["attn_received.1", "v_norm.1", "resid_norm.0"])
-    ran.clear()
-    got = {}
+    calls.clear()
+    values = {}
     ids = torch.arange(8, 20)[None]
-    capturing.capture(module, sites, ids, torch.ones_like(ids), lambda site, x, _first: got.update({site.short: x}))
-    assert not ran
-    assert {short: tuple(x.shape) for short, x in got.items()} == {
+    capturing.capture(module, sites, ids, torch.ones_like(ids), lambda site, x, _first: values.update({site.short: x}))
+    assert not calls
+    assert {short: tuple(x.shape) for short, x in values.items()} == {
         "attn_received.1": (1, 12, 4),
         "v_norm.1": (1, 12, 4),
         "resid_norm.0": (1, 12),

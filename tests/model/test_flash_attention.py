@@ -58,7 +58,7 @@ def mistral():
 
 
 @pytest.fixture(params=["llama", "mistral"])
-def both(request, tiny_models, mistral):
+def model_pair(request, tiny_models, mistral):
     """A model with SDPA, and its copy with the pretended kernel."""
     module = copy.deepcopy(mistral if request.param == "mistral" else tiny_models["llama"])
     pretended = copy.deepcopy(module)
@@ -75,8 +75,8 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=str)
-def test_changed_layers_run_sdpa_and_give_its_numbers_with_one_warning(both, record):
-    sdpa, flash = both
+def test_changed_layers_run_sdpa_and_give_its_numbers_with_one_warning(model_pair, record):
+    sdpa, flash = model_pair
     mask = torch.ones_like(IDS)
     mask[1, :3] = 0  # padding on the left
     torch.testing.assert_close(logits(flash.module, IDS), logits(sdpa.module, IDS), atol=1e-5, rtol=0)
@@ -97,8 +97,8 @@ def test_changed_layers_run_sdpa_and_give_its_numbers_with_one_warning(both, rec
         torch.testing.assert_close(generated(flash.module, IDS), expected, atol=1e-5, rtol=0)
 
 
-def test_a_store_of_a_changed_flash_model_names_the_kernel(both, tmp_path):
-    _, flash = both
+def test_a_store_of_a_changed_flash_model_names_the_kernel(model_pair, tmp_path):
+    _, flash = model_pair
     with warned("SDPA computes these layers"):
         changes = {"interventions": [RECORDS[0]], "show_progress": False}
         store = wb.record(flash, IDS.tolist(), sites=["pattern.1"], out=tmp_path / "s", **changes)
@@ -106,8 +106,8 @@ def test_a_store_of_a_changed_flash_model_names_the_kernel(both, tmp_path):
     assert json.loads((store.path / "manifest.json").read_text())["interventions"]["records"][0]["kernel"] == "sdpa"
 
 
-def test_neutral_factors_leave_the_kernel_alone_and_soft_caps_are_refused(both):
-    _, flash = both
+def test_neutral_factors_leave_the_kernel_alone_and_soft_caps_are_refused(model_pair):
+    _, flash = model_pair
     plain = logits(flash.module, IDS)
     with warned("takes no additive mask"), wb.intervene(flash, wb.ScaleAttention(1, 0, 0, 1.0)):
         assert torch.equal(logits(flash.module, IDS), plain)

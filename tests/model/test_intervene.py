@@ -142,7 +142,7 @@ CHOICES = (2, -1, "new", slice(4, None), [0, 7])
 
 def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
     prompt = IDS[:1, :6]
-    both = torch.cat([torch.cat([torch.full((1, 3), 1), prompt], dim=1), IDS[1:, :9]])
+    padded_prompts = torch.cat([torch.cat([torch.full((1, 3), 1), prompt], dim=1), IDS[1:, :9]])
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     static = {"cache_implementation": "static", "disable_compile": True}
     records = [Add(MIDDLE, DIRECTION.roll(index), 2.0, at=at) for index, at in enumerate(CHOICES)]
@@ -151,8 +151,8 @@ def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
         ("alone", prompt, {}),
         ("uncached", prompt, {"use_cache": False}),
         ("static", prompt, static),
-        ("padded", both, {"attention_mask": mask}),
-        ("padded static", both, {"attention_mask": mask, **static}),
+        ("padded", padded_prompts, {"attention_mask": mask}),
+        ("padded static", padded_prompts, {"attention_mask": mask, **static}),
     ):
         with intervene(model, *records) as run, torch.no_grad():
             generated = model.module.generate(
@@ -174,13 +174,13 @@ def test_generation_is_the_same_cached_uncached_static_padded_and_alone(model):
         )
 
 
-@pytest.mark.parametrize("kind", ["mamba", *(pytest.param(one, marks=pytest.mark.torture) for one in RECURRENT)])
+@pytest.mark.parametrize("kind", ["mamba", *(pytest.param(kind, marks=pytest.mark.torture) for kind in RECURRENT)])
 def test_generation_from_a_recurrent_state_counts_the_tokens_before_it(kind):
     from workbench.experiments.architectures.tiny import tiny_model
 
     model = Model(tiny_model(kind), None, kind)
     prompt = IDS[:1, :6] % 120
-    both = torch.cat([torch.cat([torch.full((1, 3), 1), prompt], dim=1), IDS[1:, :9] % 120])
+    padded_prompts = torch.cat([torch.cat([torch.full((1, 3), 1), prompt], dim=1), IDS[1:, :9] % 120])
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     direction = torch.cat([DIRECTION, DIRECTION])[: model.site_map.select([MIDDLE])[0].shape[0]]
     records = [Add(MIDDLE, direction.roll(index), 2.0, at=at) for index, at in enumerate(CHOICES)]
@@ -192,9 +192,9 @@ def test_generation_from_a_recurrent_state_counts_the_tokens_before_it(kind):
     assert (cached - plain).abs().max() > 1e-2 * scale
     with intervene(model, *records):
         assert (generated(model.module, prompt, use_cache=False) - cached).abs().max() < 1e-5 * scale
-    if (generated(model.module, both, attention_mask=mask)[:, :1] - plain).abs().max() < 1e-5 * scale:
+    if (generated(model.module, padded_prompts, attention_mask=mask)[:, :1] - plain).abs().max() < 1e-5 * scale:
         with intervene(model, *records):  # of a model that can be padded on the left
-            padded = generated(model.module, both, attention_mask=mask)[:, :1]
+            padded = generated(model.module, padded_prompts, attention_mask=mask)[:, :1]
         assert (padded - cached).abs().max() < 1e-5 * scale
     else:
         assert kind in ("rwkv", "xlstm")

@@ -30,8 +30,8 @@ def records():
     return *rows, wb.ScaleAttention(2, 1, 0, 2)
 
 
-def changed(model, *some):
-    with wb.intervene(model, *(some or records())):
+def changed(model, *interventions):
+    with wb.intervene(model, *(interventions or records())):
         return logits(model)
 
 

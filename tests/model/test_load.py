@@ -80,8 +80,8 @@ def test_loading_says_nothing_and_leaves_the_settings_of_transformers(saved, cap
 def test_dtype_is_what_the_model_computes_in(saved, tiny_models, dtype, expected):
     model = load_model(saved, dtype=dtype)
     assert model.dtype == expected
-    wanted = tiny_models["llama"].state_dict()
-    assert all(torch.equal(part, wanted[name].to(expected)) for name, part in model.module.state_dict().items())
+    weights = tiny_models["llama"].state_dict()
+    assert all(torch.equal(part, weights[name].to(expected)) for name, part in model.module.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn"])
@@ -99,8 +99,10 @@ def test_device(saved, tiny_models):
 
 def test_devices_that_are_not_there(saved):
     assert refusal(load_model, saved, device="toaster").startswith("device 'toaster' cannot be used here: Expected one")
-    there = torch.cuda.device_count()
-    assert refusal(usable_device, f"cuda:{there}").startswith(f"device 'cuda:{there}' cannot be used here: ")
+    device_count = torch.cuda.device_count()
+    assert refusal(usable_device, f"cuda:{device_count}").startswith(
+        f"device 'cuda:{device_count}' cannot be used here: "
+    )
     assert usable_device("cpu") == torch.device("cpu")
 
 
@@ -426,12 +428,12 @@ def test_the_bridge_installs_nothing(monkeypatch):
     vision = small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319)
     module = AutoModelForCausalLM.from_config(config).eval()
-    ran = []
-    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_options: ran.append(arguments))
+    commands = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_options: commands.append(arguments))
     bridge = load_model(module).bridge()
     assert bridge.cfg.is_multimodal
     assert torch.allclose(bridge(IDS), module(IDS).logits, atol=1e-4, rtol=0)
-    assert ran == []
+    assert commands == []
 
 
 def test_a_model_of_images_is_refused(tmp_path):

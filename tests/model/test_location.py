@@ -179,7 +179,7 @@ def test_outside_the_test_environment(saved, tmp_path):
     hub_cache(cache, "user/words", words)
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", OUTCOMES, str(saved)],
         cwd=tmp_path,
         env=environment,
@@ -187,8 +187,8 @@ def test_outside_the_test_environment(saved, tmp_path):
         text=True,
         timeout=120,
     )
-    assert ran.stderr == ""
-    outcomes = json.loads(ran.stdout)
+    assert result.stderr == ""
+    outcomes = json.loads(result.stdout)
     unreachable = "is no directory here, and the hub cannot be reached; check the name or give a path"
     message, connected, _ = outcomes.pop("damaged")
     assert message.startswith(f"DataError: {cache}/")

@@ -201,16 +201,16 @@ def test_a_mixture_of_experts_has_an_output_and_no_neurons(name):
         assert sites.select([f"blocks.1.mlp.hook_{end}"])
     dense = {site.short for site in sites.sites.values() if site.kind == "mlp_post"}
     assert dense == ({"mlp_post.0"} if name == "deepseek v3" else set())
-    seen, block = {}, module.get_submodule(sites.last_block)
+    mixture_values, block = {}, module.get_submodule(sites.last_block)
     mixture = next(part for path, part in block.named_children() if path in ("mlp", "block_sparse_moe"))
     handle = mixture.register_forward_hook(
-        lambda _module, args, out: seen.update(read=args[0], wrote=out[0] if isinstance(out, tuple) else out)
+        lambda _module, args, out: mixture_values.update(read=args[0], wrote=out[0] if isinstance(out, tuple) else out)
     )
     module(IDS)
     handle.remove()
-    chosen, got = sites.select(["blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"]), []
-    capture(module, chosen, IDS, torch.ones_like(IDS), lambda _site, tensor, _first: got.append(tensor.clone()))
-    for tensor, expected in zip(got, (seen["read"], seen["wrote"]), strict=True):
+    chosen, tensors = sites.select(["blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"]), []
+    capture(module, chosen, IDS, torch.ones_like(IDS), lambda _site, tensor, _first: tensors.append(tensor.clone()))
+    for tensor, expected in zip(tensors, (mixture_values["read"], mixture_values["wrote"]), strict=True):
         torch.testing.assert_close(tensor.reshape(-1, 16), expected.reshape(-1, 16), rtol=0, atol=0)
 
 

@@ -59,8 +59,8 @@ def test_its_unembedding_and_its_heads_are_read_from_where_they_are(pair):
     assert torch.equal(lenses[0].weight, lenses[1].weight)
     assert torch.equal(lenses[0].gain, lenses[1].gain)
     stream = torch.linspace(-1, 1, 48).reshape(3, 16)
-    for (_, ours), (_, theirs) in zip(head_writes(moved, stream), head_writes(plain, stream), strict=True):
-        assert torch.equal(ours, theirs)
+    for (_, moved_write), (_, plain_write) in zip(head_writes(moved, stream), head_writes(plain, stream), strict=True):
+        assert torch.equal(moved_write, plain_write)
 
 
 def test_a_copy_holds_the_values_and_runs_alone(pair):

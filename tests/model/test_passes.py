@@ -37,7 +37,7 @@ def captured(module, sites, ids, kinds=KINDS) -> dict[str, torch.Tensor]:
     return {name: torch.cat(blocks, dim=1) for name, blocks in parts.items()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -48,7 +48,7 @@ def test_threads_that_capture_and_threads_that_run_the_model_do_not_meet(model):
         answers = [module(batch(seed)).logits for seed in range(4)]
 
     def capture_often(seed: int) -> bool:
-        return all(same(captured(module, sites, batch(seed)), alone[seed]) for _ in range(6))
+        return all(equal_tensors(captured(module, sites, batch(seed)), alone[seed]) for _ in range(6))
 
     @torch.no_grad()
     def run_often(seed: int) -> bool:
@@ -82,7 +82,7 @@ def test_a_pass_in_another_thread_at_the_same_moment_is_left_alone(model):
         assert entered.wait(60)
         module(batch(1))
         ended.set()
-        assert same(task.result(), alone)
+        assert equal_tensors(task.result(), alone)
     handle.remove()
 
 
@@ -98,8 +98,8 @@ def test_a_pass_that_a_hook_starts_is_not_the_one_that_is_captured(model, inside
             busy.pop()
 
     handle = module.model.layers[0].register_forward_hook(run_again)
-    assert same(captured(module, sites, batch(0)), alone)
-    assert same(
+    assert equal_tensors(captured(module, sites, batch(0)), alone)
+    assert equal_tensors(
         captured(module, sites, batch(0), kinds=("resid_post.2",)),
         {name: tensor for name, tensor in alone.items() if name == "blocks.2.hook_resid_post"},
     )
@@ -112,5 +112,5 @@ def test_a_model_in_training_mode_stays_in_it_and_runs_without_dropout(tiny_mode
     alone = captured(module, sites, batch(0), ("resid_post",))
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: captured(module, sites, batch(0), ("resid_post",)), range(16)))
-    assert all(same(result, alone) for result in results)
+    assert all(equal_tensors(result, alone) for result in results)
     assert all(part.training for part in module.modules())

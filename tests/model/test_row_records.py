@@ -71,8 +71,8 @@ def test_a_function_of_rows_acts_on_every_site_that_a_model_has(model):
             model.site_map.select([name])
         except RequestError:
             continue
-        same, run = after(model, RowFunction(name, lambda rows, _chosen: rows + 0, "nothing", at=[2, 5]))
-        assert torch.equal(same, plain), name
+        neutral_logits, run = after(model, RowFunction(name, lambda rows, _chosen: rows + 0, "nothing", at=[2, 5]))
+        assert torch.equal(neutral_logits, plain), name
         assert run.table().loc[0, ["rows", "changed"]].tolist() == [4, 0], name
         changed, _ = after(model, RowFunction(name, lambda rows, _chosen: 2 * rows + 1, "some", at=[2, 5]))
         assert torch.equal(changed[:, :2], plain[:, :2]), name
@@ -109,9 +109,9 @@ def test_a_middle_stream_is_changed_where_attention_is_added(model):
     by_definition = Set("attn_out.1", VALUE - before[:, 4], at=4)
     close(after(model, Set("resid_mid.1", VALUE, at=4))[0], after(model, by_definition)[0])
     close(after(model, Add("resid_mid.1", VALUE))[0], after(model, Add("attn_out.1", VALUE))[0])
-    both = (Add("resid_pre.1", VALUE), Set("resid_mid.1", VALUE, at=4))
+    changes = (Add("resid_pre.1", VALUE), Set("resid_mid.1", VALUE, at=4))
     shifted = (Add("resid_pre.1", VALUE), Set("attn_out.1", -before[:, 4], at=4))
-    close(after(model, *both)[0], after(model, *shifted)[0], 1e-5)
+    close(after(model, *changes)[0], after(model, *shifted)[0], 1e-5)
 
 
 def test_the_stream_after_attention_is_set_where_the_block_multiplies(tmp_path):
@@ -122,7 +122,7 @@ def test_the_stream_after_attention_is_set_where_the_block_multiplies(tmp_path):
     store = wb.record(model, IDS.remainder(100).tolist(), out=tmp_path / "s", interventions=changes, **options)
     torch.testing.assert_close(store.where("position = 4")["resid_mid", 2], VALUE.expand(2, -1), atol=1e-5, rtol=1e-5)
     plain = wb.record(model, IDS.remainder(100).tolist(), out=tmp_path / "t", interventions=changes[:1], **options)
-    early = [one.where("position < 4")["resid_mid", 2] for one in (store, plain)]
+    early = [recording.where("position < 4")["resid_mid", 2] for recording in (store, plain)]
     assert torch.equal(*early)
 
 
@@ -250,7 +250,7 @@ def test_tokens_are_chosen_by_id_and_by_position_together(llama):
 
 
 def test_a_row_that_is_set_twice_is_refused(llama):
-    def both(*records, **settings):
+    def logits_after(*records, **settings):
         with wb.intervene(llama, *records, **settings):
             return logits(llama)
 
@@ -260,11 +260,13 @@ def test_a_row_that_is_set_twice_is_refused(llama):
         "pass override=True"
     )
     ids = Tokens(ids=IDS[0, :1].tolist())
-    assert "sets what" in refused(RequestError, lambda: both(Zero("z.1", at=ids, head=1), Zero("z.1", at=slice(0, 4))))
-    both(Zero("z.1", head=0), Zero("z.1", head=1), Set("z.2", torch.zeros(4, 8), at=3), Zero("z.2", at=4))
+    assert "sets what" in refused(
+        RequestError, lambda: logits_after(Zero("z.1", at=ids, head=1), Zero("z.1", at=slice(0, 4)))
+    )
+    logits_after(Zero("z.1", head=0), Zero("z.1", head=1), Set("z.2", torch.zeros(4, 8), at=3), Zero("z.2", at=4))
     close(
-        both(Zero("z.1"), Set("z.1", torch.ones(4, 8), at=3), override=True),
-        both(Zero("z.1", at=[0, 1, 2, 4, 5, 6, 7, 8]), Set("z.1", torch.ones(4, 8), at=3)),
+        logits_after(Zero("z.1"), Set("z.1", torch.ones(4, 8), at=3), override=True),
+        logits_after(Zero("z.1", at=[0, 1, 2, 4, 5, 6, 7, 8]), Set("z.1", torch.ones(4, 8), at=3)),
         0,
     )
 

@@ -28,7 +28,7 @@ LATER = slice(2, None)
 
 
 @pytest.fixture(scope="module", params=[*QUICK, *(pytest.param(kind, marks=pytest.mark.torture) for kind in OTHERS)])
-def both(request):
+def model_and_bridge(request):
     """Type, tiny random model, and its bridge."""
     model = load_model(tiny_model(request.param))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -65,8 +65,8 @@ EDITS = {
 }
 
 
-def test_an_edit_gives_the_logits_of_a_hook_of_the_bridge(both):
-    kind, model, bridge = both
+def test_an_edit_gives_the_logits_of_a_hook_of_the_bridge(model_and_bridge):
+    kind, model, bridge = model_and_bridge
     with torch.no_grad():
         plain = model.module(input_ids=IDS).logits
         scale = plain.abs().max()

@@ -70,11 +70,11 @@ def test_a_changed_store_has_the_bytes_of_hooks_made_by_hand(model, plain, tmp_p
     activations = {name: text for name, text in files(changed).items() if name.parts[0] == "segments"}
     assert activations == {name: text for name, text in files(by_hand).items() if name.parts[0] == "segments"}
     assert activations != {name: text for name, text in files(plain).items() if name.parts[0] == "segments"}
-    ran = changed.manifest.interventions.ran
-    assert [count.rows for count in ran] == [changed.rows, 3]
-    assert ran[1].changed == 3
-    assert ran[1].relative_change > 0
-    assert ran[0].passes > 1
+    counts = changed.manifest.interventions.ran
+    assert [count.rows for count in counts] == [changed.rows, 3]
+    assert counts[1].changed == 3
+    assert counts[1].relative_change > 0
+    assert counts[0].passes > 1
     assert "interventions: 2: zero blocks.1.attn.hook_z head 2, add blocks.0.hook_resid_post" in repr(changed)
     assert changed.verify().empty
 
@@ -115,11 +115,11 @@ def test_the_manifest_holds_canonical_records(model, plain, tmp_path):
 )
 def test_every_field_is_part_of_the_identity(model, records, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "identity.acts"
-    wanted = wb.Add("resid_post.0", VALUE, 2.0)
-    store = record(model, folder, wanted)
+    change = wb.Add("resid_post.0", VALUE, 2.0)
+    store = record(model, folder, change)
     text = refused(RequestError, lambda: record(model, folder, *records))
     assert "interventions: 1 (" in text
-    assert record(model, folder, wanted).manifest.fingerprint == store.manifest.fingerprint
+    assert record(model, folder, change).manifest.fingerprint == store.manifest.fingerprint
 
 
 def test_an_interrupted_recording_resumes_with_the_same_records(model, tmp_path, monkeypatch):

@@ -138,11 +138,11 @@ def test_a_choice_that_cannot_be_made_is_one_line_and_leaves_nothing(model, text
 
 def test_probes_of_rows_work_and_those_of_sequences_refuse_the_store(model, texts, whole, tmp_path):
     store = record(model, texts, tmp_path / "x", where="position > 0 AND NOT is_last")
-    same = LogitLens(where="position > 0 AND NOT is_last").run(whole)
+    reference = LogitLens(where="position > 0 AND NOT is_last").run(whole)
     result = LogitLens().run(store)
     for name in ("kl", "top1", "cross_entropy"):
-        if name in same.data:
-            assert np.allclose(result.data[name], same.data[name], atol=1e-6), name
+        if name in reference.data:
+            assert np.allclose(result.data[name], reference.data[name], atol=1e-6), name
     message = refused(RequestError, lambda: AttentionSinks(length=4, min_visible=2).run(store))
     assert "needs whole sequences" in message
     assert "where='position > 0 AND NOT is_last'" in message

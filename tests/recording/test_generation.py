@@ -21,13 +21,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def made(model):
+def generated_texts(model):
     return wb.generate(model, PROMPTS, 8, show_progress=False)
 
 
-def test_recorded_states_are_those_of_every_step(model, made, tmp_path):
-    store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", dtype="float32", show_progress=False)
-    for number, text in enumerate(made.all):
+def test_recorded_states_are_those_of_every_step(model, generated_texts, tmp_path):
+    store = wb.record(
+        model, generated_texts, sites=["resid_post.1"], out=tmp_path / "x", dtype="float32", show_progress=False
+    )
+    for number, text in enumerate(generated_texts.all):
         prompt = torch.tensor([text.token_ids[: text.prompt_tokens]])
         plain = model.module.generate(
             prompt, max_new_tokens=8, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
@@ -39,10 +41,10 @@ def test_recorded_states_are_those_of_every_step(model, made, tmp_path):
         torch.testing.assert_close(recorded, steps, atol=1e-5, rtol=1e-5)
 
 
-def test_columns_mark_prompt_and_steps_and_the_manifest_has_the_settings(model, made, tmp_path):
-    store = wb.record(model, made, sites=["resid_post.1"], out=tmp_path / "x", show_progress=False)
+def test_columns_mark_prompt_and_steps_and_the_manifest_has_the_settings(model, generated_texts, tmp_path):
+    store = wb.record(model, generated_texts, sites=["resid_post.1"], out=tmp_path / "x", show_progress=False)
     table = store.tokens.to_pandas()
-    for number, text in enumerate(made.all):
+    for number, text in enumerate(generated_texts.all):
         part = table[table["prompt"] == number]
         assert part["token_id"].tolist() == list(text.token_ids)
         assert part["generated"].tolist() == [place >= text.prompt_tokens for place in range(len(part))]
@@ -53,21 +55,21 @@ def test_columns_mark_prompt_and_steps_and_the_manifest_has_the_settings(model, 
     assert wb.open_store(store.path).manifest.parts[0].generation == (settings,)
 
 
-def test_a_saved_file_records_the_same(model, made, tmp_path):
-    path = made.save(tmp_path / "made.jsonl")
-    assert len(path.read_text().splitlines()) == len(made) == 3
+def test_a_saved_file_records_the_same(model, generated_texts, tmp_path):
+    path = generated_texts.save(tmp_path / "made.jsonl")
+    assert len(path.read_text().splitlines()) == len(generated_texts) == 3
     stores = [
         wb.record(model, texts, sites=["resid_post.1"], out=tmp_path / name, show_progress=False)
-        for name, texts in (("a", made), ("b", path))
+        for name, texts in (("a", generated_texts), ("b", path))
     ]
     assert stores[0].tokens.equals(stores[1].tokens)
     with pytest.raises(wb.RequestError, match=r"must end in \.jsonl"):
-        made.save(tmp_path / "made.txt")
+        generated_texts.save(tmp_path / "made.txt")
 
 
-def test_padding_changes_no_token(model, made):
+def test_padding_changes_no_token(model, generated_texts):
     alone = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
-    assert alone.all == made.all
+    assert alone.all == generated_texts.all
 
 
 def test_a_state_that_mixes_sequences_gets_one_prompt_at_a_time():
@@ -84,26 +86,26 @@ def test_the_trial_of_batches_is_not_changed_by_an_intervention(model):
         assert again.generates_in_batches
 
 
-def test_the_token_that_ends_a_text_is_the_last_one(model, made, monkeypatch):
-    text = made.all[1]
+def test_the_token_that_ends_a_text_is_the_last_one(model, generated_texts, monkeypatch):
+    text = generated_texts.all[1]
     end = text.token_ids[text.prompt_tokens + 1]
     monkeypatch.setattr(model.module.generation_config, "eos_token_id", [end, 5])
     first, second, _ = wb.generate(model, PROMPTS, 8, show_progress=False).all
     assert second.token_ids == text.token_ids[: text.prompt_tokens + 2]
-    assert first.token_ids[: len(first.token_ids)] == made.all[0].token_ids[: len(first.token_ids)]
+    assert first.token_ids[: len(first.token_ids)] == generated_texts.all[0].token_ids[: len(first.token_ids)]
 
 
-def test_the_models_own_generation_settings_are_not_applied(model, made, monkeypatch):
-    own = model.module.generation_config
+def test_the_models_own_generation_settings_are_not_applied(model, generated_texts, monkeypatch):
+    model_settings = model.module.generation_config
     for name, value in {
         "repetition_penalty": 9.0,
-        "suppress_tokens": [made.all[0].token_ids[-1]],
+        "suppress_tokens": [generated_texts.all[0].token_ids[-1]],
         "num_beams": 3,
     }.items():
-        monkeypatch.setattr(own, name, value)
-    assert wb.generate(model, PROMPTS, 8, show_progress=False).all == made.all
-    assert model.module.generation_config is own
-    assert own.repetition_penalty == 9.0
+        monkeypatch.setattr(model_settings, name, value)
+    assert wb.generate(model, PROMPTS, 8, show_progress=False).all == generated_texts.all
+    assert model.module.generation_config is model_settings
+    assert model_settings.repetition_penalty == 9.0
 
 
 def test_seeds_samples_and_sampling_settings(model):
@@ -122,13 +124,13 @@ def test_seeds_samples_and_sampling_settings(model):
         assert {text.token_ids for text in draw(seed=1, **narrow).all} == {greedy}
 
 
-def test_an_intervention_acts_on_what_is_generated(model, made):
+def test_an_intervention_acts_on_what_is_generated(model, generated_texts):
     direction = 3 * torch.sign(torch.randn(256, generator=torch.Generator().manual_seed(0)))
     with wb.intervene(model, wb.Add("resid_post.1", direction, at="new")):
         changed = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
-    for plain, steered in zip(made.all, changed.all, strict=True):
+    for plain, steered in zip(generated_texts.all, changed.all, strict=True):
         assert plain.token_ids[: plain.prompt_tokens + 1] == steered.token_ids[: plain.prompt_tokens + 1]
-    assert changed.all != made.all
+    assert changed.all != generated_texts.all
 
 
 @pytest.mark.parametrize(

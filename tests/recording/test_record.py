@@ -348,13 +348,13 @@ def test_a_folder_of_somebody_elses_is_left_alone(llama, sequences, tmp_path):
 
 
 def test_a_model_that_fails_midway_leaves_what_was_committed_and_no_hooks(llama, sequences, tmp_path, monkeypatch):
-    ran = []
+    calls = []
     whole = segments.capture
     before = hooks(llama.module)
 
     def failing(*arguments):
-        ran.append(1)
-        if len(ran) > 2:
+        calls.append(1)
+        if len(calls) > 2:
             raise DataError("out of memory")
         whole(*arguments)
 

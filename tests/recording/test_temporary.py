@@ -103,12 +103,12 @@ def test_an_overwrite_that_fails_leaves_the_old_store(model, tmp_path):
 
 
 def test_stores_of_a_model_in_one_folder_have_the_unembedding_once(model, tmp_path):
-    one, two = (recorded(model, tmp_path / name, TEXTS[:1]) for name in ("one", "two"))
-    files = [(store.path / "unembed.safetensors").stat() for store in (one, two)]
+    first, second = (recorded(model, tmp_path / name, TEXTS[:1]) for name in ("one", "two"))
+    files = [(store.path / "unembed.safetensors").stat() for store in (first, second)]
     assert files[0].st_ino == files[1].st_ino
     assert files[0].st_mode & 0o777 == 0o644
-    assert one.manifest.unembed == two.manifest.unembed
-    assert two.verify().empty
+    assert first.manifest.unembed == second.manifest.unembed
+    assert second.verify().empty
 
 
 def test_a_damaged_unembedding_or_one_of_another_model_is_not_linked(model, tmp_path):

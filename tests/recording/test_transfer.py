@@ -21,15 +21,15 @@ ROWS = torch.tensor([[1.0, -7e4, torch.inf], [3e38, torch.nan, -torch.inf]])
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rows_and_counts_of_a_device_are_those_of_the_cpu(dtype):
-    here, counts = to_host(ROWS, dtype)()
+    cpu_rows, counts = to_host(ROWS, dtype)()
     assert counts == [2 if dtype == torch.float16 else 0, 3]
     with PretendDevice("xpu") as device:
         arrives = to_host(ROWS.to("xpu"), dtype)
         assert device.waits.total() == 0
-        rows, there = arrives()
-    assert there == counts
-    assert (rows.dtype, rows.shape) == (here.dtype, here.shape)
-    np.testing.assert_array_equal(rows, here)
+        rows, device_counts = arrives()
+    assert device_counts == counts
+    assert (rows.dtype, rows.shape) == (cpu_rows.dtype, cpu_rows.shape)
+    np.testing.assert_array_equal(rows, cpu_rows)
     empty, counts = to_host(ROWS[:0], dtype)()
     assert (empty.shape, counts) == ((0, 3), [0, 0])
 
@@ -44,8 +44,8 @@ def test_on_cuda_one_pinned_buffer_arrives_by_one_event(monkeypatch):
         )
 
     class Stream(str):
-        def wait_stream(self, other: str) -> None:
-            happened.append(f"{self} after {other}")
+        def wait_stream(self, stream: str) -> None:
+            happened.append(f"{self} after {stream}")
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "main")
@@ -75,8 +75,8 @@ def test_places_without_padding_are_copied_once_for_all_sites():
     tensor = torch.arange(12.0).view(2, 3, 2)
     rows = BatchRows(np.array([0, 3]), np.array([3, 1]))
     with PretendDevice("xpu"):
-        there = tensor.to("xpu")
-        (real, runs), (again, _) = rows.take(there, 0), rows.take(there + 1, 0)
+        device_tensor = tensor.to("xpu")
+        (real, runs), (again, _) = rows.take(device_tensor, 0), rows.take(device_tensor + 1, 0)
         assert len(rows._indices) == 1
         assert torch.equal(again.cpu() - 1, real.cpu())
     assert runs == [(0, 0, 3), (3, 3, 1)]
