@@ -112,8 +112,8 @@ def test_features_under_a_rule_are_changed_by_the_rule_in_the_running_model(
     changed = effect.changed.set_index("feature")
     assert changed["changed"].tolist() == text_counts(features)[changed.index].tolist()
     assert changed["description"].tolist() == ["most frequent", None, None]
-    same = wb.feature_effect(features, wb.with_sparsity(sae, TopK(3)), feature, **options)
-    pd.testing.assert_frame_equal(effect.table, same.table)
+    effect_with_rule = wb.feature_effect(features, wb.with_sparsity(sae, TopK(3)), feature, **options)
+    pd.testing.assert_frame_equal(effect.table, effect_with_rule.table)
     whole = wb.extract_features(recorded, sae, out=tmp_path / "whole", sparsity=MutualChoice(3), show_progress=False)
     message = refused(RequestError, lambda: wb.feature_effect(whole, sae, feature, **options))
     assert "whole were made under mutual-choice, which ranks the rows of the whole store" in message

@@ -34,9 +34,9 @@ def test_the_terms_sum_to_the_models_logits(name, recorded, recorded_model, feat
         np.testing.assert_allclose(sums["relative"], logits[ids] - logits.mean(), atol=1e-4)
         terms = set(table["term"]) - {"feature"}
         assert ("rest of the stream" in terms) == (name == "middle")
-        shown = table[(table["token_id"] == 5) & table["feature"].notna()]
-        assert set(shown["feature"]) == set(features[row].indices)
-        assert (shown["relative"].abs().diff().dropna() <= 0).all()
+        feature_terms = table[(table["token_id"] == 5) & table["feature"].notna()]
+        assert set(feature_terms["feature"]) == set(features[row].indices)
+        assert (feature_terms["relative"].abs().diff().dropna() <= 0).all()
         assert wb.feature_contributions(features, sae, row)["token_id"].unique().tolist() == [logits.argmax()]
 
 

@@ -30,12 +30,12 @@ def store(tiny, tmp_path_factory):
 def by_hand(module, ids, layer, positions, state, steps=1):
     """Greedy tokens and ln P of the first step, without cache, with a state at positions of a block's output."""
 
-    def put(_module, _arguments, output):
+    def set_state(_module, _arguments, output):
         changed = (output[0] if isinstance(output, tuple) else output).clone()
         changed[:, list(positions)] = state
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    hook = module.model.layers[layer].register_forward_hook(put)
+    hook = module.model.layers[layer].register_forward_hook(set_state)
     tokens, first = torch.tensor([ids]), None
     try:
         with torch.no_grad():

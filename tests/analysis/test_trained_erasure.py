@@ -53,8 +53,8 @@ def test_read_on_the_test_documents_is_the_run(store, again):
 
 def test_other_texts_are_segmented_into_the_planted_words(again, tmp_path):
     """The word of three tokens stands twice in each of 24 documents that the probes never saw."""
-    other = recorded(tmp_path / "other.acts", seed=9)
-    result = again.read(other, **QUICK)
+    second_store = recorded(tmp_path / "other.acts", seed=9)
+    result = again.read(second_store, **QUICK)
     assert "trained on documents" not in result.headline()
     words = result.table.loc[result.table["is_span"]]
     assert (words["tokens"] == len(WORD)).all()
@@ -68,8 +68,8 @@ def test_log_probabilities_are_a_softmax_in_float64(store, again):
     scaled = states.double().numpy() / again.scale[1].double().numpy()
     logits = scaled @ again.weight[1, 0].double().numpy()
     expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    given = again.log_probabilities(-2, -2, states)
-    np.testing.assert_allclose(given, expected, atol=1e-4)
+    log_probabilities = again.log_probabilities(-2, -2, states)
+    np.testing.assert_allclose(log_probabilities, expected, atol=1e-4)
     assert again.classes.tolist() == list(range(8))
     assert again.offsets == (-2, -1, 0)
 
@@ -89,8 +89,8 @@ def test_what_the_probes_lack_is_refused_by_name(store, probes, again, tmp_path)
     assert "layers with probes are 1, 2" in refused(RequestError, lambda: again.read(store, layers=(0, 1)))
     assert "set late, or add the layer" in refused(RequestError, lambda: again.read(store, early=1, late=3))
     assert "leave them out" in refused(RequestError, lambda: again.read(store, offsets=(0,)))
-    other = planted_store(tmp_path / "o.acts", [[0, 1]], {"resid_post.0": np.eye(2, 3)})
-    assert "read a store of the probe's model" in refused(RequestError, lambda: again.read(other))
+    foreign_store = planted_store(tmp_path / "o.acts", [[0, 1]], {"resid_post.0": np.eye(2, 3)})
+    assert "read a store of the probe's model" in refused(RequestError, lambda: again.read(foreign_store))
     folder = probes.save(tmp_path / "erasure")
     assert "not empty" in refused(RequestError, lambda: probes.save(folder))
     record = json.loads((folder / "lens.json").read_text())

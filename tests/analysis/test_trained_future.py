@@ -44,8 +44,8 @@ def test_a_saved_lens_predicts_the_planted_future(method, store, tmp_path):
     assert table.equals(lens.read(store, -2, 1, rows=rows))
     data = probe.run(store).data.isel(horizon=0).dropna("row")
     if int(data["best_layer"]) == 0 and data["method"].to_numpy()[int(data["best_method"])] == method:
-        some = again.read(store, 0, 0, rows=store.where("true")[data["row"].to_numpy()])
-        np.testing.assert_allclose(some["probability"], data["top_probability"], rtol=1e-5)
+        predictions = again.read(store, 0, 0, rows=store.where("true")[data["row"].to_numpy()])
+        np.testing.assert_allclose(predictions["probability"], data["top_probability"], rtol=1e-5)
 
 
 def test_ranks_are_of_falling_probability(store):

@@ -57,9 +57,9 @@ def test_a_saved_lens_reads_what_the_probe_reads(store, lens, tmp_path):
 
 
 def test_some_layers_alone(store, lens):
-    whole, some = lens.read(store), lens.read(store, layers=(1,))
-    assert some.data["layer"].values.tolist() == [1]
-    np.testing.assert_array_equal(some.data["kl"][0], whole.data["kl"][1])
+    whole, one_layer = lens.read(store), lens.read(store, layers=(1,))
+    assert one_layer.data["layer"].values.tolist() == [1]
+    np.testing.assert_array_equal(one_layer.data["kl"][0], whole.data["kl"][1])
     plain = LogitLens(layers=(0, -1)).run(store).data
     assert plain["layer"].values.tolist() == [0, 2]
     np.testing.assert_array_equal(plain["kl"], LogitLens().run(store).data["kl"][[0, 2]])

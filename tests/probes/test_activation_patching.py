@@ -62,9 +62,9 @@ class TestContract(ProbeContract):
 
 
 def test_where_selects_whole_pairs_and_a_store_of_chosen_rows_is_refused(planted, store):
-    some = pairs_from_store(store, planted, "position > 1 AND side = 'clean' AND pair < 2")[0]
-    assert [pair.clean for pair in some] == [pair.clean for pair in pairs_of_names()[:2]]
-    texts = [{"input_ids": list(some[0].clean), "pair": 0, "side": side} for side in ("clean", "corrupt")]
+    chosen_pairs = pairs_from_store(store, planted, "position > 1 AND side = 'clean' AND pair < 2")[0]
+    assert [pair.clean for pair in chosen_pairs] == [pair.clean for pair in pairs_of_names()[:2]]
+    texts = [{"input_ids": list(chosen_pairs[0].clean), "pair": 0, "side": side} for side in ("clean", "corrupt")]
     last = wb.record(planted, texts, sites=["resid_post"], keep="last", show_progress=False)
     assert "holds chosen rows" in refused(RequestError, lambda: pairs_from_store(last, planted))
 

@@ -132,7 +132,9 @@ def test_one_domain_or_one_document_each_has_no_gap(planted):
 def test_the_curves_have_the_intervals_of_drawn_documents(tmp_path):
     """Two heads are sinks in 8 of 20 documents, with a residual peak there: the share that is drawn is binomial."""
     number, having = 20, 8
-    heads = [[sink_head(N, 0.9), sink_head(N, 0.9)] if one < having else [uniform(N)] * 2 for one in range(number)]
+    heads = [
+        [sink_head(N, 0.9), sink_head(N, 0.9)] if document < having else [uniform(N)] * 2 for document in range(number)
+    ]
     stream = np.ones((N * number, 6))
     stream[: N * having : N] *= 50
     arrays = {"pattern.0": rows_of(*heads), "resid_post.0": stream}
@@ -141,8 +143,9 @@ def test_the_curves_have_the_intervals_of_drawn_documents(tmp_path):
     shares = np.array([having, *binom.ppf([tail, 1 - tail], number, having / number)]) / number
     sink, even = (1 + 15 * 0.9) / 16, sum(1 / i for i in range(1, 17)) / 16
     table = figure_data(result.figures()["phenomena"])
-    for name, (first, other), text in (("mean_sink", (sink, even), "sink"), ("peak", (50, 1), "peak")):
-        expected, step = other + shares * (first - other), (first - other) / number
+    for name, (active_value, dormant_value), text in (("mean_sink", (sink, even), "sink"), ("peak", (50, 1), "peak")):
+        expected = dormant_value + shares * (active_value - dormant_value)
+        step = (active_value - dormant_value) / number
         values = [float(result.data[f"{name}{end}"][0]) for end in ("", "_low", "_high")]
         assert values[0] == pytest.approx(expected[0], rel=1e-5)
         assert values[1:] == pytest.approx(expected[1:], abs=step * 1.01)

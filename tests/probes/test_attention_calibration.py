@@ -56,8 +56,8 @@ def test_hidden_sinks_are_the_planted_ones_under_both_thresholds(tmp_path):
     pattern = np.zeros((10, 10))
     pattern[:4, 0] = 1
     for query in range(4, 10):
-        others = [key for key in range(query + 1) if key not in (0, 4)]
-        pattern[query, others] = 0.2 / len(others)
+        other_keys = [key for key in range(query + 1) if key not in (0, 4)]
+        pattern[query, other_keys] = 0.2 / len(other_keys)
         pattern[query, [0, 4]] = 0.3, 0.5
     store = planted(tmp_path / "s", [pattern])
     received = read_received(store, np.arange(10))
@@ -104,10 +104,10 @@ def test_effects_are_those_of_weights_moved_after_an_eager_softmax(tiny, tiny_st
 
 
 def test_a_layer_with_hidden_sinks_in_one_half_alone_is_left_out(tiny, tiny_store, monkeypatch):
-    every = Received.hidden_sinks
+    hidden_sinks = Received.hidden_sinks
 
     def in_the_first_sequence(received, *arguments):
-        choice = every(received, *arguments)
+        choice = hidden_sinks(received, *arguments)
         alone = np.zeros_like(choice[1])
         alone[3, 0] = True
         return {**choice, 1: alone}

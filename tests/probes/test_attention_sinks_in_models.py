@@ -158,14 +158,14 @@ def test_both_ways_of_recording_agree(tiny_models, family, tmp_path):
     store = wb.record(model, texts, out=tmp_path / "p", sites=["pattern", "v", "resid_post"], **options)
     derived_store = wb.record(model, texts, out=tmp_path / "d", sites=DERIVED, **options)
     settings = {"length": 24, "epsilon": 0.1, "domain": "document", "resamples": 10}
-    ours, derived = run(store, **settings).data, run(derived_store, **settings).data
-    assert (ours.attrs["source"], derived.attrs["source"]) == ("pattern", "derived")
+    from_patterns, derived = run(store, **settings).data, run(derived_store, **settings).data
+    assert (from_patterns.attrs["source"], derived.attrs["source"]) == ("pattern", "derived")
     assert int(derived["short_sequences"]) == 2
-    left_out = {name for name in ours if name.startswith(("massive", "example"))}
-    assert {*ours} - {*derived} == left_out
+    left_out = {name for name in from_patterns if name.startswith(("massive", "example"))}
+    assert {*from_patterns} - {*derived} == left_out
     assert "massive activations not computed: resid_post was not recorded" in derived.attrs["note"]
     for name in derived:
-        np.testing.assert_allclose(derived[name], ours[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(derived[name], from_patterns[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_random_weights_have_no_sink(tmp_path):

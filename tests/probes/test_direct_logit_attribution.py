@@ -138,7 +138,7 @@ def test_transformer_lens_gives_the_same_components(models, stores, tiny_tokeniz
         assert torch.allclose(bridge(ids), model.module(ids).logits, atol=1e-4)
     bridge.enable_compatibility_mode(disable_warnings=True)
     a, b = ids_of(tiny_tokenizer, " Monday", " Tuesday")
-    theirs = direct_logit_attribution(bridge, ids, answer_tokens=a, incorrect_tokens=b, unit="component")
+    reference = direct_logit_attribution(bridge, ids, answer_tokens=a, incorrect_tokens=b, unit="component")
     result = DirectLogitAttribution(detail=store.rows, resamples=10, **PAIR).run(store)
     row = result.data["by_token"].isel(token=ids.shape[1] - 1)
     names = {"embed": "embedding"} | {
@@ -146,7 +146,7 @@ def test_transformer_lens_gives_the_same_components(models, stores, tiny_tokeniz
     }
     pairs = {
         names[name]: value.item()
-        for name, value in zip(theirs.labels, theirs.attribution, strict=True)
+        for name, value in zip(reference.labels, reference.attribution, strict=True)
         if name in names
     }
     assert len(pairs) == 7

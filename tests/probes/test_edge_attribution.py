@@ -98,13 +98,13 @@ def test_one_edge_with_all_behind_it_is_exact_path_patching(family, receiver, ti
     senders, receivers = ([part.name for part in parts] for parts in (graph.senders, graph.receivers))
     (known,) = (receiver for receiver in paths.receivers)
     receiver_name = f"L2H{known.head}.{receiver[-1]}"
-    kept = np.array([[sender.layer >= 2] * len(receivers) for sender in graph.senders])
-    kept[senders.index("L0H1"), receivers.index(receiver_name)] = True
+    edge_mask = np.array([[sender.layer >= 2] * len(receivers) for sender in graph.senders])
+    edge_mask[senders.index("L0H1"), receivers.index(receiver_name)] = True
     # with the embedding's edges into block 0 its heads have the clean run's z
-    kept[
+    edge_mask[
         :, [index for index, receiver in enumerate(graph.receivers) if receiver.layer == 0 and receiver.kind in "qkv"]
     ] = True
-    torch.testing.assert_close(edges.metric(kept & graph.allowed), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(edges.metric(edge_mask & graph.allowed), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_scores_into_the_logits_are_those_of_plain_autograd(tiny_models):

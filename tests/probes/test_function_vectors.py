@@ -93,8 +93,8 @@ def test_effects_are_those_of_hooks_written_by_hand(tiny, pairs):
             assert effects[number, layer, head] == pytest.approx(float(after - before), abs=1e-6)
         written = mean @ project.weight[head * 8 : head * 8 + 8]
     torch.testing.assert_close(task.vector([(layer, head)]), written, atol=1e-6, rtol=1e-5)
-    both = task.vector([(0, 1)]) + task.vector([(layer, head)])
-    torch.testing.assert_close(task.vector([(layer, head), (0, 1)]), both)
+    expected = task.vector([(0, 1)]) + task.vector([(layer, head)])
+    torch.testing.assert_close(task.vector([(layer, head), (0, 1)]), expected)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
@@ -219,7 +219,7 @@ def test_in_context_tasks_shuffle_the_answers_of_the_examples():
 
 def test_refused_requests(tiny, pairs):
     bare = [replace(pair, places={"end": pair.places["end"]}) for pair in pairs]
-    run = lambda some: FunctionVectors()._run(tiny, some, [], {})  # noqa: E731
+    run = lambda prompts: FunctionVectors()._run(tiny, prompts, [], {})  # noqa: E731
     assert "have no label 'question'" in refused(RequestError, lambda: run(bare))
     assert "all pairs have the same answer" in refused(RequestError, lambda: run([pairs[0], pairs[0]]))
     assert "has too few others" in refused(RequestError, lambda: FunctionVectors(heads=9)._run(tiny, pairs, [], {}))

@@ -142,9 +142,9 @@ def test_ridge_maps_are_the_closed_form():
     for penalty, (weight, bias) in zip((1e-6, 0.5), ridge_maps(*sums, (1e-6, 0.5)), strict=True):
         centred = x - x.mean(0)
         padded = np.vstack([centred, np.sqrt(50 * penalty * x.var(0).mean()) * np.eye(4)])
-        wanted = np.linalg.lstsq(padded, np.vstack([y - y.mean(0), np.zeros((4, 3))]), rcond=None)[0]
-        np.testing.assert_allclose(weight, wanted, atol=1e-9)
-        np.testing.assert_allclose(bias, y.mean(0) - x.mean(0) @ wanted, atol=1e-9)
+        expected = np.linalg.lstsq(padded, np.vstack([y - y.mean(0), np.zeros((4, 3))]), rcond=None)[0]
+        np.testing.assert_allclose(weight, expected, atol=1e-9)
+        np.testing.assert_allclose(bias, y.mean(0) - x.mean(0) @ expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.7])
@@ -302,10 +302,10 @@ def test_the_penalty_is_chosen_on_validation_documents(noise, monkeypatch, token
     data = FutureLens(**short, ridge=penalties).run(noise).data
     at = np.vectorize(penalties.index)(data["ridge"].to_numpy())
     for name in ("validation_cross_entropy", "validation_precision"):
-        values = np.stack([one[name].to_numpy()[0] for one in single])
+        values = np.stack([penalty_data[name].to_numpy()[0] for penalty_data in single])
         np.testing.assert_allclose(data[name].to_numpy()[0], np.take_along_axis(values, at[None], 0)[0])
     if tokens == 300:
-        losses = [one["validation_cross_entropy"].to_numpy()[0] for one in single]
+        losses = [penalty_data["validation_cross_entropy"].to_numpy()[0] for penalty_data in single]
         np.testing.assert_allclose(data["ridge"], np.array(penalties)[np.argmin(losses, axis=0)])
 
 

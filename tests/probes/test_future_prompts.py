@@ -208,8 +208,8 @@ def test_bigrams_of_the_last_known_token(store, model, result):
         fitted = training.at("training", 2)
         right = []
         for row in rows:
-            same = predicted[fitted[ids[fitted + known] == ids[row + known]] + 2]
-            counts = np.bincount(same if len(same) else predicted[fitted + 2], minlength=320)
+            followers = predicted[fitted[ids[fitted + known] == ids[row + known]] + 2]
+            counts = np.bincount(followers if len(followers) else predicted[fitted + 2], minlength=320)
             overall = np.bincount(predicted[fitted + 2], minlength=320)
             most = np.flatnonzero(counts == counts.max())
             right.append(most[overall[most].argmax()] == predicted[row + 2])

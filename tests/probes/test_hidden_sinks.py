@@ -107,7 +107,7 @@ def test_the_tokens_at_hidden_sinks_are_counted(tmp_path):
 def test_intervals_are_those_of_drawn_documents(tmp_path):
     """A document has the sink or not: its share of drawn documents is binomial, and the level Student's."""
     number, having = 20, 8
-    heads = [[sink_head(N, 0.8, 3)] if one < having else [uniform(N)] for one in range(number)]
+    heads = [[sink_head(N, 0.8, 3)] if document < having else [uniform(N)] for document in range(number)]
     ids = [[5 if at in (3, 4) else 10 + at for at in range(N)] for _ in range(number)]
     path = tmp_path / "s"
     store = planted_store(path, ids, {"pattern.0": rows_of(*heads)})

@@ -280,8 +280,8 @@ def test_what_was_derived_while_recording_agrees_with_patterns(tiny_models, llam
 
 def test_a_fixed_period_has_no_excess_without_patterns_either(tmp_path):
     fixed = wb.random_repeats(range(100), 12, period=(20, 20), filler=(3, 3))
-    ones = {"attn_induction.0": np.ones((sum(map(len, fixed)), 2))}
-    result = run(planted_store(tmp_path / "s", fixed, ones))
+    scores = {"attn_induction.0": np.ones((sum(map(len, fixed)), 2))}
+    result = run(planted_store(tmp_path / "s", fixed, scores))
     assert float(result.data["offset_bound"]) == 1
     assert result.data["excess"].to_numpy().tolist() == [[0, 0]]
     assert "duplicate" not in result.data

@@ -129,10 +129,10 @@ def test_one_prompt_has_no_halves_and_batches_do_not_matter(tiny, monkeypatch):
 
 
 def test_a_model_of_one_block_has_no_jacobian(tiny):
-    one = copy.deepcopy(tiny.module)
-    del one.model.layers[1:]
-    one.config.num_hidden_layers = 1
-    message = refused(RequestError, lambda: mean_jacobians(Model(one, tiny.tokenizer, "one"), [[5, 9, 40]], skip=0))
+    module = copy.deepcopy(tiny.module)
+    del module.model.layers[1:]
+    module.config.num_hidden_layers = 1
+    message = refused(RequestError, lambda: mean_jacobians(Model(module, tiny.tokenizer, "one"), [[5, 9, 40]], skip=0))
     assert message == "model 'one' has one block; a Jacobian lens leads from earlier blocks to the last one"
 
 
@@ -209,9 +209,9 @@ def test_directions_are_rows_of_the_unembedding_times_the_jacobian(planted):
 def test_settings_choose_what_is_read(planted):
     store, lens, _ = planted
     assert int(lens.read(store, where="document < 3").data["rows"]) == 30
-    some = lens.read(store, row_limit=25)
-    assert int(some.data["rows"]) == 20  # whole sequences
-    assert "20 of 120 tokens were read" in some.headline()
+    reading = lens.read(store, row_limit=25)
+    assert int(reading.data["rows"]) == 20  # whole sequences
+    assert "20 of 120 tokens were read" in reading.headline()
     assert int(lens.read(store, row_limit=4).data["rows"]) == 4
     assert lens.read(store, detail=15).data.sizes["row"] == 15
     assert lens.read(store, layers=(0,)).data["layer"].values.tolist() == [0]

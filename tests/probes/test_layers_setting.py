@@ -49,7 +49,7 @@ def test_every_probe_with_results_by_layer_has_the_setting_or_a_reason():
     for name in installed_probes():
         probe = find_probe(name)
         by_layer = any("layer" in variable.dims for variable in probe.variables)
-        if by_layer and "layers" not in {one.name for one in fields(probe)}:
+        if by_layer and "layers" not in {field.name for field in fields(probe)}:
             without.add(name)
     assert without == WITHOUT.keys()
 
@@ -68,18 +68,24 @@ def test_every_probe_with_results_by_layer_has_the_setting_or_a_reason():
 def test_one_layer_has_the_numbers_that_it_has_among_all(recorded, probe, settings, over_heads):
     """Every variable over (layer, head) or (layer); `over_heads` and what is not by layer are of the chosen heads."""
     model, store = recorded
-    every = probe(**settings).run(store, model=model).data
-    some = probe(**settings, layers=(-1, 1)).run(store, model=model).data
+    all_layers = probe(**settings).run(store, model=model).data
+    subset = probe(**settings, layers=(-1, 1)).run(store, model=model).data
     last = model.site_map.n_layers - 1
-    assert some["layer"].to_numpy().tolist() == [1, last]
+    assert subset["layer"].to_numpy().tolist() == [1, last]
     compared = 0
-    for name in map(str, some.data_vars):
-        if "layer" in some[name].dims and name not in over_heads and not name.startswith(("gap", "wins", "null", "p_")):
-            np.testing.assert_allclose(some[name], every[name].sel(layer=[1, last]), rtol=1e-6, atol=1e-9, err_msg=name)
+    for name in map(str, subset.data_vars):
+        if (
+            "layer" in subset[name].dims
+            and name not in over_heads
+            and not name.startswith(("gap", "wins", "null", "p_"))
+        ):
+            np.testing.assert_allclose(
+                subset[name], all_layers[name].sel(layer=[1, last]), rtol=1e-6, atol=1e-9, err_msg=name
+            )
             compared += 1
     assert compared >= 2
     if "layers" in probe().__dict__ and probe in (AttentionSinks, HiddenSinks):
-        assert f"heads of layers 1, {last} alone, of {last + 1} layers" in some.attrs["note"]
+        assert f"heads of layers 1, {last} alone, of {last + 1} layers" in subset.attrs["note"]
 
 
 def test_probes_that_change_the_model_change_these_layers_alone(recorded):

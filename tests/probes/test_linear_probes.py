@@ -79,8 +79,8 @@ def test_controls_and_baselines_are_what_they_say(result, planted, store):
     assert float(data["majority_accuracy"]) == pytest.approx((mood[test] == "glad").mean())
     right = 0
     for token, value in zip(ids[test], mood[test], strict=True):
-        same = mood[~test][ids[~test] == token]
-        right += max(("glad", "sad", "wry"), key=lambda label, same=same: (same == label).sum()) == value
+        moods = mood[~test][ids[~test] == token]
+        right += max(("glad", "sad", "wry"), key=lambda label, moods=moods: (moods == label).sum()) == value
     assert float(data["token_accuracy"]) == pytest.approx(right / test.sum(), abs=0.02)  # ties
 
 

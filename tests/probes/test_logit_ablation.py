@@ -138,6 +138,6 @@ def test_bad_settings_are_refused(model, store, tmp_path):
         ),
     ):
         assert message in refused(RequestError, call)
-    some = record(model, TEXTS, tmp_path / "some", SITES, context=12, keep="last")
-    call = lambda: DirectLogitAttribution(ablation="zero", **PAIR).run(some, model=model)  # noqa: E731
+    last_rows = record(model, TEXTS, tmp_path / "some", SITES, context=12, keep="last")
+    call = lambda: DirectLogitAttribution(ablation="zero", **PAIR).run(last_rows, model=model)  # noqa: E731
     assert "ablation needs whole sequences" in refused(RequestError, call)

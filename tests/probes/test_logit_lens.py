@@ -206,15 +206,15 @@ def test_only_the_recorded_layers(tiny_models, tmp_path):
 
 
 def test_where(llama_store):
-    whole, some = LogitLens().run(llama_store), LogitLens(where="position % 3 = 1").run(llama_store)
+    whole, selection = LogitLens().run(llama_store), LogitLens(where="position % 3 = 1").run(llama_store)
     rows = llama_store.where("position % 3 = 1").ids
     assert 0 < len(rows) < llama_store.rows
-    assert some.data["row"].values.tolist() == rows.tolist()
+    assert selection.data["row"].values.tolist() == rows.tolist()
     for name in ("entropy", "kl", "cross_entropy", "rank", "top_id", "top_probability"):
-        np.testing.assert_allclose(some.data[name], whole.data[name].sel(row=rows), atol=1e-5)
-    np.testing.assert_allclose(some.data["mean_kl"], whole.data["kl"].sel(row=rows).mean("row"), rtol=1e-5)
-    assert int(some.data["rows"]) == len(rows)
-    assert set(some.table["row"]) == set(rows.tolist())
+        np.testing.assert_allclose(selection.data[name], whole.data[name].sel(row=rows), atol=1e-5)
+    np.testing.assert_allclose(selection.data["mean_kl"], whole.data["kl"].sel(row=rows).mean("row"), rtol=1e-5)
+    assert int(selection.data["rows"]) == len(rows)
+    assert set(selection.table["row"]) == set(rows.tolist())
 
 
 def test_top_k(llama_store):
@@ -228,21 +228,21 @@ def test_top_k(llama_store):
 
 @pytest.mark.parametrize("detail", [0, 5])
 def test_detail_keeps_fewer_lines_and_the_same_means(llama_store, detail):
-    whole, some = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
-    assert some.data["row"].values.tolist() == list(range(detail))
-    assert len(some.table) == 3 * detail
-    assert some.figures().keys() == {"grid", "by_layer", "depth"} if detail else {"by_layer"}
+    whole, brief = LogitLens().run(llama_store), LogitLens(detail=detail).run(llama_store)
+    assert brief.data["row"].values.tolist() == list(range(detail))
+    assert len(brief.table) == 3 * detail
+    assert brief.figures().keys() == {"grid", "by_layer", "depth"} if detail else {"by_layer"}
     for name in ("entropy", "kl", "cross_entropy", "agreement", "accuracy"):
-        np.testing.assert_array_equal(some.data[f"mean_{name}"], whole.data[f"mean_{name}"])
+        np.testing.assert_array_equal(brief.data[f"mean_{name}"], whole.data[f"mean_{name}"])
     for name in ("entropy", "rank", "top_id"):
-        np.testing.assert_array_equal(some.data[name], whole.data[name][:, :detail])
+        np.testing.assert_array_equal(brief.data[name], whole.data[name][:, :detail])
 
 
 def test_device(llama_store):
     assert refusal(lambda: LogitLens(device="toaster").run(llama_store)).startswith("device 'toaster' cannot be used")
     if torch.cuda.is_available():
-        there, here = (LogitLens(device=device).run(llama_store).data for device in ("cuda", "cpu"))
-        np.testing.assert_allclose(there["entropy"], here["entropy"], atol=1e-4)
+        on_cuda, on_cpu = (LogitLens(device=device).run(llama_store).data for device in ("cuda", "cpu"))
+        np.testing.assert_allclose(on_cuda["entropy"], on_cpu["entropy"], atol=1e-4)
     else:
         assert refusal(lambda: LogitLens(device="cuda").run(llama_store)).startswith("device 'cuda' cannot be used")
 
@@ -307,7 +307,7 @@ def test_the_table_says_what_the_arrays_say(llama_store):
     words = load_unembed(llama_store.path).tokens
     targets = followers(llama_store)
     for line in table.to_dict("records"):
-        here = data.sel(layer=line["layer"], row=line["row"])
+        cell = data.sel(layer=line["layer"], row=line["row"])
         token_row = tokens.loc[line["row"]]
         assert [line[name] for name in ("sequence", "position", "document", "token")] == [
             token_row[name] for name in ("sequence", "position", "document", "token")
@@ -315,10 +315,10 @@ def test_the_table_says_what_the_arrays_say(llama_store):
         target = targets[line["row"]]
         assert line["next_token"] == ("" if target < 0 else words[target])
         for name in ("entropy", "kl", "js", "tv", "cross_entropy", "surprise", "rank"):
-            np.testing.assert_array_equal(line[name], here[name])
+            np.testing.assert_array_equal(line[name], cell[name])
         for k in (1, 2):
-            assert line[f"top_token_{k}"] == words[int(here["top_id"].sel(top=k))]
-            assert line[f"top_probability_{k}"] == here["top_probability"].sel(top=k)
+            assert line[f"top_token_{k}"] == words[int(cell["top_id"].sel(top=k))]
+            assert line[f"top_probability_{k}"] == cell["top_probability"].sel(top=k)
 
 
 def planted_lens(path, *layers):

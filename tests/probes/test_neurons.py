@@ -72,14 +72,14 @@ def test_planted_neurons_are_found_and_no_other(store, model):
     np.testing.assert_allclose(result.data["dead"], [1 - np.mean(alive), 61 / 64])
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_activity_is_that_of_float64(gated, both, monkeypatch):
+@pytest.mark.parametrize("both_signs", [False, True])
+def test_activity_is_that_of_float64(gated, both_signs, monkeypatch):
     monkeypatch.setattr("workbench.analysis.neuron_activity._BLOCK_BYTES", 4 * 48 * 5)  # blocks of five rows
     _, store = gated
     ids = np.arange(1, store.rows, 2)
-    activity = neuron_activity(store["mlp_post.1"], ids, 3, 0.01, both)
+    activity = neuron_activity(store["mlp_post.1"], ids, 3, 0.01, both_signs)
     values = store["mlp_post.1"][ids].double().numpy()
-    size = np.abs(values) if both else values
+    size = np.abs(values) if both_signs else values
     np.testing.assert_allclose(activity.rate, (size > 0.01).mean(0))
     np.testing.assert_allclose(activity.mean, values.mean(0))
     at = np.searchsorted(ids, activity.rows)  # equal tokens have equal activations: rows may change places

@@ -78,11 +78,11 @@ def test_uniform_attention_without_positions_is_the_closed_form(tiny_models, tin
     exact = result.data.sel(dtype="float32", kind="constant")
     for length in (4, 8, 16, 64):
         expected = np.abs(first - b) / (length * (length + 1))
-        here = exact.sel(length=length)
-        np.testing.assert_allclose(here["distance_l2"], np.linalg.norm(expected), rtol=0.02, atol=1e-6)
-        assert float(here["final_inf"]) == pytest.approx(expected.max(), rel=0.02)
+        at_length = exact.sel(length=length)
+        np.testing.assert_allclose(at_length["distance_l2"], np.linalg.norm(expected), rtol=0.02, atol=1e-6)
+        assert float(at_length["final_inf"]) == pytest.approx(expected.max(), rel=0.02)
         y = b + (first + (length - 1) * b) / length
-        np.testing.assert_allclose(here["relative"], np.linalg.norm(expected) / np.linalg.norm(y), rtol=0.02)
+        np.testing.assert_allclose(at_length["relative"], np.linalg.norm(expected) / np.linalg.norm(y), rtol=0.02)
     coarse = result.data.sel(dtype="bfloat16", kind="constant")
     assert coarse["below_floor"].to_numpy().tolist()[-2:] == [1, 1]
     assert float(exact["below_floor"].sum()) == 0

@@ -78,7 +78,7 @@ def test_the_one_edge_of_the_planted_circuit_is_found_in_both_directions(setting
     assert float(np.nanmax(np.abs(data["random_donor"]), initial=0.0)) < 1e-5
 
 
-def made(family, tiny_models, receivers=("logits",), frozen=True, linear=False):
+def path_runs(family, tiny_models, receivers=("logits",), frozen=True, linear=False):
     draw, pairs = np.random.default_rng(2), []
     for length in (5, 7):
         clean = draw.integers(10, 300, length)
@@ -94,7 +94,7 @@ def made(family, tiny_models, receivers=("logits",), frozen=True, linear=False):
 def test_with_all_held_the_logits_see_the_heads_own_difference_before_the_norm(family, tiny_models):
     """z W_O of the head, added to the last stream of the base, through the plain module's norm and head."""
     models = {**tiny_models, "granite": granite_of(tiny_models["llama"])}
-    paths = made(family, models)
+    paths = path_runs(family, models)
     module, runs = models[family], paths.runs
     site, head, positions = paths.heads[1], 2, runs.pairs.mask.bool()
     clean, corrupt = runs.clean_values[site.name], runs.corrupt_values[site.name]
@@ -116,19 +116,19 @@ def test_with_all_held_the_logits_see_the_heads_own_difference_before_the_norm(f
 
 def test_a_linear_norm_makes_the_effects_of_heads_add_up(tiny_models):
     """In one layer, where no head sees another: the sum of single effects is the effect of direct writes together."""
-    paths = made("llama", tiny_models, linear=True)
+    paths = path_runs("llama", tiny_models, linear=True)
     runs, site, positions = paths.runs, paths.heads[2], paths.runs.pairs.mask.bool()
     clean = runs.clean_values[site.name]
     single = [paths.effect("corrupt", site, head, positions, clean) - runs.corrupt for head in range(4)]
     all_of_them = paths._batch("corrupt", slice(None), site, clean) - runs.corrupt
     torch.testing.assert_close(sum(single), all_of_them, atol=2e-5, rtol=1e-5)
-    exact = made("llama", tiny_models)
+    exact = path_runs("llama", tiny_models)
     bent = [exact.effect("corrupt", site, head, positions, clean) - runs.corrupt for head in range(4)]
     assert not torch.allclose(sum(bent), all_of_them, atol=1e-4)
 
 
 def test_recomputed_mlps_see_the_change_and_frozen_ones_do_not(tiny_models):
-    frozen, recomputed = made("llama", tiny_models), made("llama", tiny_models, frozen=False)
+    frozen, recomputed = path_runs("llama", tiny_models), path_runs("llama", tiny_models, frozen=False)
     site, positions = frozen.heads[0], frozen.runs.pairs.mask.bool()
     donor = frozen.runs.clean_values[site.name]
     kept_frozen, computed_anew = (paths.effect("corrupt", site, 1, positions, donor) for paths in (frozen, recomputed))
@@ -143,7 +143,7 @@ def test_recomputed_mlps_see_the_change_and_frozen_ones_do_not(tiny_models):
 
 
 def test_keys_and_values_are_those_of_the_group(tiny_models):
-    paths = made("llama", tiny_models, ("L2H3.k", "L2H1.v", "L2H0.q"))
+    paths = path_runs("llama", tiny_models, ("L2H3.k", "L2H1.v", "L2H0.q"))
     assert [(receiver.site.short, receiver.head) for receiver in paths.receivers] == [
         ("k.2", 1),
         ("v.2", 0),
@@ -152,15 +152,15 @@ def test_keys_and_values_are_those_of_the_group(tiny_models):
     runs, site, positions = paths.runs, paths.heads[0], paths.runs.pairs.mask.bool()
     effect = paths.effect("corrupt", site, 0, positions, runs.clean_values[site.name])
     assert not torch.equal(effect, runs.corrupt)
-    same = paths.effect("corrupt", paths.heads[2], 0, positions, runs.clean_values[paths.heads[2].name])
-    assert same is runs.corrupt  # a sender in the receiver's layer
+    null_effect = paths.effect("corrupt", paths.heads[2], 0, positions, runs.clean_values[paths.heads[2].name])
+    assert null_effect is runs.corrupt  # a sender in the receiver's layer
 
 
 @pytest.mark.parametrize("kind", ["falcon_h1", "lfm2"])
 def test_models_that_mix_tokens_by_more_than_heads_are_refused(kind):
     """A state space beside attention; convolutions in some blocks. They would carry what is to be held."""
     models = {kind: tiny_model(kind)}
-    message = refused(RequestError, lambda: made(kind, models))
+    message = refused(RequestError, lambda: path_runs(kind, models))
     assert "moves values between tokens by more than attention heads" in message
 
 

@@ -134,7 +134,7 @@ def future_lens(result):
     for at in range(data.sizes["horizon"]):
         best = data.isel(horizon=at, method=int(data["best_method"][at])).sel(layer=int(data["best_layer"][at]))
         share, number = best["calibration"].to_numpy(), best["calibration_rows"].to_numpy()
-        ends = [wilson_end(*one) for one in zip(share, number, strict=True)]
+        ends = [wilson_end(*proportion) for proportion in zip(share, number, strict=True)]
         calibration.append({"y": share, "error_y.array": ends - share})
     rows = np.flatnonzero(data["sequence"] == data["sequence"][0])[:28]
     view = np.where(data["top_id"] < 0, np.nan, data["top_probability"])[:, rows]
@@ -198,15 +198,15 @@ def successor_heads(result):
 )
 def test_figures_hold_what_their_result_holds(results, expected):
     result = results[expected.__name__.replace("_", "-")]
-    figures, wanted = result.figures(), expected(result)
-    assert figures.keys() == wanted.keys()
-    for name, traces in wanted.items():
+    figures, expected_traces = result.figures(), expected(result)
+    assert figures.keys() == expected_traces.keys()
+    for name, traces in expected_traces.items():
         if not isinstance(traces, list):  # cells of tokens, in the order of the table
-            shown = figure_data(figures[name])["value"].to_numpy()
+            cell_values = figure_data(figures[name])["value"].to_numpy()
             traces = np.asarray(traces, float).ravel()
-            keep = slice(None) if len(shown) == len(traces) else ~np.isnan(shown)
-            traces = traces if len(shown) == len(traces) else traces[~np.isnan(traces)]
-            np.testing.assert_allclose(shown[keep], traces, rtol=1e-6, err_msg=name)
+            keep = slice(None) if len(cell_values) == len(traces) else ~np.isnan(cell_values)
+            traces = traces if len(cell_values) == len(traces) else traces[~np.isnan(traces)]
+            np.testing.assert_allclose(cell_values[keep], traces, rtol=1e-6, err_msg=name)
             continue
         drawn = figures[name].to_dict()["data"]
         assert len(drawn) == len(traces), name

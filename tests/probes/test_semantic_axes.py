@@ -97,11 +97,11 @@ def test_ratings_correlate_by_the_law_of_the_noise(noise, tokenizer, tmp_path):
 def test_pairs_in_order_have_intervals(tokenizer):
     """Of all axes the spread of axes; of one axis scipy's interval of its pairs."""
     result = SemanticAxes(strength=0.0).run(planted_weights(rows(), tokenizer))
-    own, pairs = np.diag(result.data["held_out"]), result.data["pairs"].to_numpy()
+    own_shares, pairs = np.diag(result.data["held_out"]), result.data["pairs"].to_numpy()
     share, low, high = (float(result.data[f"in_order{end}"]) for end in ("", "_low", "_high"))
-    assert share == pytest.approx(np.average(own, weights=pairs))
-    error = np.sqrt(np.sum((pairs * (own - share)) ** 2)) / pairs.sum()
-    assert (high - low) / 2 == pytest.approx(t.ppf(0.975, len(own) - 1) * error, rel=0.15)
+    assert share == pytest.approx(np.average(own_shares, weights=pairs))
+    error = np.sqrt(np.sum((pairs * (own_shares - share)) ** 2)) / pairs.sum()
+    assert (high - low) / 2 == pytest.approx(t.ppf(0.975, len(own_shares) - 1) * error, rel=0.15)
     assert f"in order, 95 % CI [{100 * low:.0f}, {100 * high:.0f}]" in result.headline()
     drawn = figure_data(result.figures()["order"]).set_index("series").loc["own axis, pair left out"]
     for line, number in zip(drawn.itertuples(), pairs, strict=True):

@@ -21,10 +21,10 @@ def test_a_probe_takes_a_setting_or_refuses_it(name):
     for setting in (field.name for field in fields(probe)):
         for value in WRONG:
             try:
-                one = unchecked(probe, **{setting: value})
+                record = unchecked(probe, **{setting: value})
             except RequestError:
                 continue
-            assert not isinstance(getattr(one, setting), list | dict), (setting, value)
+            assert not isinstance(getattr(record, setting), list | dict), (setting, value)
 
 
 def test_values_become_those_of_the_fields():

@@ -53,13 +53,13 @@ class TestContract(ProbeContract):
 
 def divergences(module, changed):
     """KL and agreement over tokens with one before and one after, of plain Hugging Face, in float64."""
-    kl, same = [], []
+    kl, agreement = [], []
     for ids in IDS:
         with torch.no_grad():
             a, b = (model(torch.tensor([ids])).logits[0, 1:-1].double().log_softmax(-1) for model in (module, changed))
         kl += (a.exp() * (a - b)).sum(-1).tolist()
-        same += (a.argmax(-1) == b.argmax(-1)).tolist()
-    return np.mean(kl), np.mean(same)
+        agreement += (a.argmax(-1) == b.argmax(-1)).tolist()
+    return np.mean(kl), np.mean(agreement)
 
 
 def test_deletion_and_swap_are_models_without_and_with_exchanged_blocks(tiny, tiny_store):
@@ -145,12 +145,12 @@ def test_neurons_that_raise_or_lower_one_token_are_counted():
 
 
 def test_settings_matter(tiny, tiny_store):
-    some = Stages(control=False, resamples=2, layers=(-1,), row_limit=1, where="position > 2").run(
+    last_layer = Stages(control=False, resamples=2, layers=(-1,), row_limit=1, where="position > 2").run(
         tiny_store, model=tiny
     )
-    assert some.data["layer"].to_numpy().tolist() == [2]
-    assert int(some.data["rows"]) in (3, 6)  # one sequence of more than four tokens
-    assert "kl_delete_random" not in some.data
+    assert last_layer.data["layer"].to_numpy().tolist() == [2]
+    assert int(last_layer.data["rows"]) in (3, 6)  # one sequence of more than four tokens
+    assert "kl_delete_random" not in last_layer.data
 
 
 def test_requests_without_an_answer_are_refused(tiny, tiny_store):

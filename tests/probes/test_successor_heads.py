@@ -181,19 +181,19 @@ def test_space(planted, tokenizer):
     assert all(len(ids) == 1 for ids in days)
     assert int(bare["members"].sel(task="days")) == 7
     assert float(bare["score"].sel(task="days", layer=0, head=0)) == 0  # nothing was planted for them
-    both = run(planted, space="both").data
-    assert int(both["members"].sel(task="days")) == 14
-    assert float(both["chance"].sel(task="days")) == pytest.approx(1 / 7)  # each spelling a class of its own
-    assert float(both["score"].sel(task="days", layer=0, head=0)) == 0.5
+    both_spellings = run(planted, space="both").data
+    assert int(both_spellings["members"].sel(task="days")) == 14
+    assert float(both_spellings["chance"].sel(task="days")) == pytest.approx(1 / 7)  # each spelling a class of its own
+    assert float(both_spellings["score"].sel(task="days", layer=0, head=0)) == 0.5
 
 
 def test_case(planted):
     lower = run(planted, case="lower").data
     assert "days" not in lower["task"]
     assert int(lower["members"].sel(task="letters")) == 16
-    both = run(planted, case="both").data
-    assert int(both["members"].sel(task="letters")) == 26 + 16
-    assert int(both["members"].sel(task="ordinals")) == 10  # already lower: one spelling
+    both_cases = run(planted, case="both").data
+    assert int(both_cases["members"].sel(task="letters")) == 26 + 16
+    assert int(both_cases["members"].sel(task="ordinals")) == 10  # already lower: one spelling
 
 
 def test_min_members(planted):
@@ -392,10 +392,10 @@ def test_the_table_is_sorted_and_holds_the_arrays(result):
     assert table["macro"].is_monotonic_decreasing
     assert table[["layer", "head"]].to_numpy()[:2].tolist() == [[0, 0], [1, 2]]
     for line in table.to_dict("records"):
-        here = result.data.sel(layer=line["layer"], head=line["head"])
+        head_data = result.data.sel(layer=line["layer"], head=line["head"])
         for name in ("macro", "micro", "tasks_above", "copying", "null_macro", "p_value", "p_family", "wins"):
-            assert line[name] == here[name]
-        assert [line[f"score {task}"] for task in SIZES] == here["score"].to_numpy().tolist()
+            assert line[name] == head_data[name]
+        assert [line[f"score {task}"] for task in SIZES] == head_data["score"].to_numpy().tolist()
 
 
 def test_digits_need_numbers(result):
@@ -408,9 +408,11 @@ def test_what_is_saved_comes_back_with_its_figures(result, tmp_path):
     again = wb.Result("successor-heads", data, result.table, result.provenance)
     assert data["member_text"].to_numpy().tolist() == result.data["member_text"].to_numpy().tolist()
     assert SuccessorHeads.headline(again) == SuccessorHeads.headline(result)
-    ours, theirs = (SuccessorHeads.figures(part) for part in (result, again))
-    assert list(ours) == ["scores", "tasks", "circuit", "ov"]
-    assert [json.loads(ours[name].to_json()) for name in ours] == [json.loads(theirs[name].to_json()) for name in ours]
+    figures, loaded_figures = (SuccessorHeads.figures(part) for part in (result, again))
+    assert list(figures) == ["scores", "tasks", "circuit", "ov"]
+    assert [json.loads(figures[name].to_json()) for name in figures] == [
+        json.loads(loaded_figures[name].to_json()) for name in figures
+    ]
 
 
 def test_figures_show_the_numbers(result):

@@ -82,11 +82,11 @@ def test_neighbours_are_those_of_all_differences_where_inner_products_lose_them(
     draw = np.random.default_rng(0)
     points = draw.normal(size=(60, 6))
     points[:20] = 1e3 + 1e-9 * points[:20]
-    found = nearest_neighbours(torch.from_numpy(points), 3)
+    neighbours = nearest_neighbours(torch.from_numpy(points), 3)
     distance = np.sqrt(((points[:, None] - points) ** 2).sum(2))
     np.fill_diagonal(distance, np.inf)
-    np.testing.assert_allclose(found.distance, np.sort(distance, 1)[:, :3], rtol=1e-12)
-    assert np.array_equal(found.index, np.argsort(distance, 1)[:, :3])
+    np.testing.assert_allclose(neighbours.distance, np.sort(distance, 1)[:, :3], rtol=1e-12)
+    assert np.array_equal(neighbours.index, np.argsort(distance, 1)[:, :3])
 
 
 def test_neighbours_of_equal_and_of_independent_clouds():

@@ -89,8 +89,8 @@ def test_maps_of_layers_without_full_rank_are_the_smallest_ones(tmp_path):
     document = store.tokens["document"].to_numpy()
     fold = document_folds(document, 4, 0)
     lost = 0.0
-    for one in range(4):
-        rest = fold != one
+    for test_fold in range(4):
+        rest = fold != test_fold
         fit = np.linalg.pinv(x[rest], rcond=1e-5) @ y[rest]
         lost += ((x[~rest] @ fit - y[~rest]) ** 2).sum()
     assert float(data["linearity_heldout"][0]) == pytest.approx(1 - lost, abs=1e-7)
@@ -158,11 +158,11 @@ def test_contextual_memory_is_low_where_the_context_is_kept(remembering):
 
 def test_the_correlation_is_pearsons_over_tokens(remembering):
     result = TokenMicroscope(**MEMORY).run(remembering)
-    both = result.table.dropna(subset=["contextual_memory"])
-    pearson = np.corrcoef(both["nonlinearity"], both["contextual_memory"])[0, 1]
+    table = result.table.dropna(subset=["contextual_memory"])
+    pearson = np.corrcoef(table["nonlinearity"], table["contextual_memory"])[0, 1]
     assert float(result.data["correlation"]) == pytest.approx(pearson, abs=1e-6)
-    means = both.groupby("class")[["nonlinearity", "contextual_memory"]].transform("mean")
-    within = np.corrcoef(*(both[["nonlinearity", "contextual_memory"]] - means).to_numpy().T)[0, 1]
+    means = table.groupby("class")[["nonlinearity", "contextual_memory"]].transform("mean")
+    within = np.corrcoef(*(table[["nonlinearity", "contextual_memory"]] - means).to_numpy().T)[0, 1]
     assert float(result.data["correlation_within"]) == pytest.approx(within, abs=1e-6)
 
 
@@ -177,14 +177,14 @@ def test_settings_matter(store, tmp_path):
     second = TokenMicroscope(epochs=0, seed=4, dimension_rows=100).run(store).data
     assert float(second["linearity_shuffled"][0]) != float(first["linearity_shuffled"][0])
     assert float(second["intrinsic_dimension"][0]) != float(first["intrinsic_dimension"][0])
-    some = TokenMicroscope(epochs=0, layers=(0, 2)).run(store)
-    assert "steps from layers 0 span several blocks" in some.headline()
+    two_layers = TokenMicroscope(epochs=0, layers=(0, 2)).run(store)
+    assert "steps from layers 0 span several blocks" in two_layers.headline()
     assert int(TokenMicroscope(**{**ALL, "epochs": 1}).run(store).data["memory_layer"]) == 1
     massive = X.copy()
     massive[::LENGTH] = 1e4
-    both = store_of(tmp_path / "s", massive, np.where(massive > 1e3, massive, DRAW.normal(size=X.shape)))
-    assert float(TokenMicroscope(where=None, epochs=0).run(both).data["linearity"][0]) > 0.999
-    assert float(TokenMicroscope(epochs=0).run(both).data["linearity"][0]) < 0.05
+    massive_store = store_of(tmp_path / "s", massive, np.where(massive > 1e3, massive, DRAW.normal(size=X.shape)))
+    assert float(TokenMicroscope(where=None, epochs=0).run(massive_store).data["linearity"][0]) > 0.999
+    assert float(TokenMicroscope(epochs=0).run(massive_store).data["linearity"][0]) < 0.05
 
 
 def test_refusals_say_what_to_do(store, tmp_path):

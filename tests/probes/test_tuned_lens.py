@@ -78,9 +78,9 @@ def test_a_planted_rotation_is_undone_and_the_logit_lens_is_wrong(trained, plant
     rows = data["row"].to_numpy()
     weight, bias = data["weight"][0].to_numpy().astype(float), data["bias"][0].to_numpy().astype(float)
     first = planted["first"][rows]
-    ours = log_softmax((first + first @ weight.T + bias) @ planted["unembed"].T)
+    lens = log_softmax((first + first @ weight.T + bias) @ planted["unembed"].T)
     model = log_softmax(planted["final"][rows] @ planted["unembed"].T)
-    kl = (np.exp(model) * (model - ours)).sum(-1)
+    kl = (np.exp(model) * (model - lens)).sum(-1)
     np.testing.assert_allclose(data["kl"][0], kl, atol=1e-4)
 
 
@@ -191,8 +191,8 @@ def test_residual_cross_entropy_falls_along_interpolated_logits_and_tells_errors
 
 
 def test_where(store):
-    some = TunedLens(epochs=1, where="position < 10").run(store)
-    assert set(store.tokens["position"].to_numpy()[some.data["row"].to_numpy()]) == set(range(10))
+    result = TunedLens(epochs=1, where="position < 10").run(store)
+    assert set(store.tokens["position"].to_numpy()[result.data["row"].to_numpy()]) == set(range(10))
     assert refused(RequestError, lambda: TunedLens(where="position < 0").run(store)) == (
         "where 'position < 0' selects no token of 480"
     )
@@ -237,8 +237,8 @@ def test_epochs_that_are_not_set_are_those_that_the_work_allows(store, monkeypat
     note = f"trained for {epochs} epoch{'s' * (epochs > 1)} of {int(read * rows)} of {rows} tokens, as long as some"
     assert note in result.data.attrs["note"]
     assert int(result.data["training_rows"]) == int(read * rows)
-    same = np.array_equal(result.data["weight"], whole.data["weight"])
-    assert same == (read == 1)
+    equal_weights = np.array_equal(result.data["weight"], whole.data["weight"])
+    assert equal_weights == (read == 1)
     assert (result.data["mean_kl"] < result.data["logit_mean_kl"])[0]
 
 

@@ -96,7 +96,7 @@ def test_planted_rows_of_a_tied_table_are_found_by_the_reference_and_missed_by_t
 
 def test_padding_of_zeros_has_no_direction_to_compare_with():
     """Every cosine to it would be 0, and the candidates those with the lowest ids."""
-    tokenizer, known = word_tokenizer([f"{one}{other}" for one in "abcdefg" for other in "hijklmn"]), 51
+    tokenizer, known = word_tokenizer([f"{first}{second}" for first in "abcdefg" for second in "hijklmn"]), 51
     embedding = rows(64)
     embedding[known:] = 0
     embedding[20] *= 0.01
