@@ -170,12 +170,12 @@ def test_probes():
 
 def test_the_command_in_a_shell(store, tmp_path):
     """Real processes: as installed, the exit code and the two streams are the system's."""
-    ran = process(MAIN, "query", store, "position = 0", "--limit", "1")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.splitlines()[1].startswith("0    0         0         0         1         '<s>'")
-    ran = process(MAIN, "verify", tmp_path)
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == (
+    result = process(MAIN, "query", store, "position = 0", "--limit", "1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1].startswith("0    0         0         0         1         '<s>'")
+    result = process(MAIN, "verify", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
         f"workbench: {tmp_path} is no store, features, result, run or sweep; name the folder of one\n"
     )
 
@@ -284,8 +284,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its bac
 from workbench.cli.main import main
 main()
 """
-    ran = process(code, "query", store, "true")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "workbench: interrupted\n")
+    result = process(code, "query", store, "true")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "workbench: interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -320,21 +320,21 @@ def test_closed_streams_are_no_error(store):
     command = f'exec "$0" -c "{MAIN}" "$@"'
     for closed, code in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 2)):
         words = ["query", store, "position = 0"] if code == 0 else ["query", store, "zork"]
-        ran = subprocess.run(
+        result = subprocess.run(
             ["bash", "-c", f"{command} {closed}", sys.executable, *map(str, words)],
             env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
-        assert (ran.returncode, ran.stderr) == (code, "")
+        assert (result.returncode, result.stderr) == (code, "")
 
 
 def test_what_reads_our_output_may_go_away(store):
     for limit in (1, 3_000):  # what fits in a pipe, and what does not
         command = [sys.executable, "-c", MAIN, "query", str(store), "position >= 0", "--limit", str(limit)]
-        ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-        ran.stdout.close()
-        assert ran.stderr.read() == b""
-        ran.stderr.close()
-        assert ran.wait(60) == 0
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        child.stderr.close()
+        assert child.wait(60) == 0
 
 
 def test_what_tokens_hold_does_not_reach_the_terminal(tiny_models, tmp_path):
@@ -392,9 +392,9 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
 heavy = [name for name in ("torch", "transformers", "transformer_lens", "plotly", "xarray") if name in sys.modules]
 print(json.dumps([codes, heavy, time.process_time() - began]))
 """
-    ran = process(code, cwd=tmp_path)
-    assert ran.stderr == ""
-    codes, heavy, seconds = json.loads(ran.stdout)
+    result = process(code, cwd=tmp_path)
+    assert result.stderr == ""
+    codes, heavy, seconds = json.loads(result.stdout)
     good = {"help", "probes", "good info", "good query"}
     assert codes == {name: 0 if name in good else 2 for name in codes}
     assert len(codes) == 14

@@ -83,8 +83,8 @@ def test_version():
 
 def test_the_package_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "workbench", "--version"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"workbench {wb.__version__}\n", "")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"workbench {wb.__version__}\n", "")
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,10 @@ def test_the_command_prints_the_script(shell, options):
 def completed(script: str, *words: str) -> list[str]:
     """Returns what bash offers after `workbench WORDS`."""
     code = f'{script}\nCOMP_WORDS=(workbench "$@"); COMP_CWORD=$#; _workbench; printf \'%s\\n\' "${{COMPREPLY[@]}}"'
-    ran = subprocess.run(["bash", "-c", code, "bash", *words], capture_output=True, text=True, check=True, timeout=60)
-    return ran.stdout.split()
+    result = subprocess.run(
+        ["bash", "-c", code, "bash", *words], capture_output=True, text=True, check=True, timeout=60
+    )
+    return result.stdout.split()
 
 
 def test_bash_completes_verbs_names_options_and_choices(options):

@@ -22,7 +22,7 @@ def in_pieces(tokenizer, text, piece=PIECE) -> tuple[Encoding, list[int], int]:
     return Encoding(*joined), cuts, len(parts)
 
 
-def same(first: Encoding, second: Encoding) -> bool:
+def equal_encodings(first: Encoding, second: Encoding) -> bool:
     return all(np.array_equal(getattr(first, n), getattr(second, n)) for n in ("ids", "char_start", "char_end"))
 
 
@@ -50,7 +50,7 @@ def test_the_tokens_are_those_of_the_whole_unless_a_cut_is_said(name, seed):
         (whole,) = encode(tokenizer, [text])
         encoding, cuts, count = in_pieces(tokenizer, text)
         assert count >= 4
-        assert cuts or same(encoding, whole)
+        assert cuts or equal_encodings(encoding, whole)
         if name == "byte":
             assert not cuts
         assert cuts == sorted(set(cuts))
@@ -63,7 +63,7 @@ def test_every_length_of_text_and_every_size_of_piece_gives_every_token_once():
         for length in range(len(text) - 40, len(text), 7):
             (whole,) = encode(BYTE_LEVEL, [text[:length]])
             encoding, cuts, _ = in_pieces(BYTE_LEVEL, text[:length], size)
-            assert cuts or same(encoding, whole), (size, length)
+            assert cuts or equal_encodings(encoding, whole), (size, length)
 
 
 def test_tokenizers_without_offsets_are_cut_at_spaces_and_lose_nothing():

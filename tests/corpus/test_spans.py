@@ -112,8 +112,8 @@ def test_a_span_is_cut_where_max_rows_leaves_out_some_of_its_tokens(tiny_tokeniz
             for label, spans in tokens.items():
                 if row[label] is not None:
                     members = spans[row["document"], row[f"{label}_span"]]
-                    there = all(sequence == row["sequence"] and number < max_rows for number, sequence in members)
-                    assert row[f"{label}_cut"] == (not there), (label, row)
+                    is_complete = all(sequence == row["sequence"] and number < max_rows for number, sequence in members)
+                    assert row[f"{label}_cut"] == (not is_complete), (label, row)
 
 
 def test_white_space_has_labels_where_the_tokenizer_trims_its_offsets():
@@ -242,7 +242,7 @@ def test_spans_do_not_stay_in_memory(tiny_tokenizer, tmp_path):
     def records():
         for i in range(1500):
             if i % 700 == 699:
-                alive.append(sum(type(thing) is Span for thing in gc.get_objects()))
+                alive.append(sum(type(value) is Span for value in gc.get_objects()))
             spans = [{"start": j, "end": j + 1, "value": "long" * 50} for j in range(8)]
             yield {"text": "x" * 8, "spans": {"a": spans}}
 

@@ -73,8 +73,8 @@ def test_every_task_draws_pairs_that_differ_in_their_answer():
 
 
 def test_the_same_seed_gives_the_same_pairs(model):
-    first, same, of_another_seed = (wb.prompt_pairs("copying", model, 5, seed=seed) for seed in (1, 1, 2))
-    assert first == same != of_another_seed
+    first, repeat, of_another_seed = (wb.prompt_pairs("copying", model, 5, seed=seed) for seed in (1, 1, 2))
+    assert first == repeat != of_another_seed
     assert len({pair.pair.clean for pair in wb.prompt_pairs("facts", model, 60).pairs}) > 40
 
 
@@ -105,7 +105,9 @@ def unchecked(*values):
 
 
 def test_a_task_of_few_pairs_ends_with_a_warning(model, monkeypatch):
-    pairs = [wb.PromptPair(f"Read {one} and", "Read blue and", " red", " blue") for one in ("red", "white", "black")]
+    pairs = [
+        wb.PromptPair(f"Read {colour} and", "Read blue and", " red", " blue") for colour in ("red", "white", "black")
+    ]
     monkeypatch.setitem(TASKS, "three", (lambda draw: (draw.choice(pairs) for _ in itertools.count()),))
     with warned("task three: 3 pairs fit the tokenizer, fewer than the 90,000 asked for"):
         assert len(wb.prompt_pairs("three", model, 90_000)) == 3

@@ -88,10 +88,10 @@ def test_every_experiment_runs_twice_to_the_same_bytes(name, recordings, tmp_pat
     figures = results[0].figures()
     assert sorted(path.stem for path in (tmp_path / "one" / "results" / "figures").glob("*.html")) == sorted(figures)
     assert all(sum(len(np.atleast_1d(trace.y)) for trace in figure.data) for figure in figures.values())
-    both = combine(name, results)
-    assert len(both.table) == 2 * len(table)
-    assert list(both.table.columns) == list(table.columns)
-    assert list(both.figures()) == list(figures)
+    combination = combine(name, results)
+    assert len(combination.table) == 2 * len(table)
+    assert list(combination.table.columns) == list(table.columns)
+    assert list(combination.figures()) == list(figures)
 
 
 def test_every_registered_experiment_is_one_of_these():

@@ -21,14 +21,18 @@ def test_a_probe_of_each_kind_of_store_answers_and_once(tmp_path, monkeypatch):
     settings = DEMO | {"induction-heads": briefly, "feed-forward-maps": {"row_limit": 1, "length": 16}}
     subject = Subject("demo", wb.load_model("demo", device="cpu"), demo_corpus()[:10], 1200, settings)
     names = ["logit-lens", "attention-sinks", "induction-heads", "feed-forward-maps", "vocabulary-keys"]
-    found = findings(subject, tmp_path, names)
-    assert list(found) == names
-    assert not [finding for finding in found.values() if finding.headline.startswith("not run") or not finding.headline]
+    findings_by_probe = findings(subject, tmp_path, names)
+    assert list(findings_by_probe) == names
+    assert not [
+        finding
+        for finding in findings_by_probe.values()
+        if finding.headline.startswith("not run") or not finding.headline
+    ]
     repeats = wb.random_repeats(subject.model.tokenizer, sequences=8)
     rows = dict.fromkeys(names, 1200) | {"induction-heads": sum(map(len, repeats))}
-    assert {name: finding.rows for name, finding in found.items()} == rows
-    assert min(finding.seconds for finding in found.values()) > 0
-    lens = found["logit-lens"]
+    assert {name: finding.rows for name, finding in findings_by_probe.items()} == rows
+    assert min(finding.seconds for finding in findings_by_probe.values()) > 0
+    lens = findings_by_probe["logit-lens"]
     text = (tmp_path / KEPT).read_text()
     (tmp_path / KEPT).write_text(text.replace(lens.headline, "kept"))
     assert findings(subject, tmp_path, ["logit-lens"]) == {"logit-lens": replace(lens, headline="kept")}

@@ -44,9 +44,9 @@ def test_a_page_shows_each_figure_on_screen_and_in_print(result, tmp_path, monke
     assert page.count("<figure>") == page.count("</figure>") == len(figures)
     assert "<script" not in page
     assert "## [Logit lens](logit-lens.md)" in page
-    shown = re.findall(r'src="([^"]+)"', page)
-    assert sorted(shown) == sorted(path.relative_to(docs).as_posix() for path in (docs / PICTURES).iterdir())
-    assert len(shown) == 2 * len(figures)
+    sources = re.findall(r'src="([^"]+)"', page)
+    assert sorted(sources) == sorted(path.relative_to(docs).as_posix() for path in (docs / PICTURES).iterdir())
+    assert len(sources) == 2 * len(figures)
     screen, printed = (drawn[f"demo-logit-lens-grid-{kind}"] for kind in ("screen", "print"))
     assert (screen.layout.title.text, printed.layout.title.text) == (figures["grid"].layout.title.text, None)
 

@@ -19,7 +19,7 @@ def store(tmp_path):
     return wb.open_store(store_example.write_store(tmp_path / "<b>&.acts", [[4, 9]]))
 
 
-def shown(value) -> str:
+def card_text(value) -> str:
     """The text of a value's card, after making sure that it is safe and takes its colours from the page around it."""
     html = value._repr_html_()
     page = Markup(html)
@@ -32,34 +32,34 @@ def shown(value) -> str:
 
 
 def test_a_store_shows_what_its_repr_says(store):
-    text = shown(store)
+    text = card_text(store)
     assert text.startswith("Store")
     for line in repr(store).splitlines():
         assert " ".join(line.split()) in text
 
 
 def test_an_array_shows_its_axes_and_size(store):
-    text = shown(store["pattern.1"])
+    text = card_text(store["pattern.1"])
     assert "ActivationArray pattern.1" in text
     assert "row 13 head 2 key 4" in text
     assert "bfloat16, 0.0 MB" in text
-    assert "LayeredArray pattern" in shown(store["pattern", 1:2])
+    assert "LayeredArray pattern" in card_text(store["pattern", 1:2])
 
 
 def test_rows_show_the_first_ten_tokens(store):
-    text = shown(store.where("row >= 1"))
+    text = card_text(store.where("row >= 1"))
     assert "selected 12 of 13" in text
     assert text.endswith("2 more")
     assert r"a\x00b" in text
     assert "·Monday" in text
-    assert "selected 0 of 13" in shown(store.where("row < 0"))
+    assert "selected 0 of 13" in card_text(store.where("row < 0"))
 
 
 def test_features_show_what_is_active(tmp_path):
     store = wb.record(wb.load_model("demo"), ["Monday came."], sites=["resid_post.0"], out=tmp_path / "a.acts")
     features = wb.extract_features(store, wb.load_sae("demo"))
     dead = int((features[:].toarray() == 0).all(0).sum())
-    assert f"1,024, of which {dead:,} are never active here" in shown(features)
+    assert f"1,024, of which {dead:,} are never active here" in card_text(features)
 
 
 def test_a_result_shows_what_was_found_also_without_its_probe(tmp_path):
@@ -67,11 +67,11 @@ def test_a_result_shows_what_was_found_also_without_its_probe(tmp_path):
 
     store = wb.record(wb.load_model("demo"), ["Monday came. " * 4], sites=["resid_post"], out=tmp_path / "a.acts")
     result = LogitLens().run(store)
-    text = shown(result)
+    text = card_text(result)
     assert f"finding {result.headline()}" in text
     assert "Result of logit-lens" in text
     unknown = wb.Result("not-installed", result.data, result.table, result.provenance)
-    assert "probe 'not-installed' is not installed" in shown(unknown)
+    assert "probe 'not-installed' is not installed" in card_text(unknown)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ def test_names_are_wrapped_where_they_would_overlap_and_turned_where_a_word_is_t
 
 @given(st.lists(st.text(min_size=1, max_size=30).map(sentence), min_size=1, unique=True), st.integers(1, 900))
 def test_no_name_loses_a_word(names, length):
-    made = ticks(names, length)
-    texts = [plain(text.replace("<br>", " ")).split() for text in made.get("ticktext", [])]
+    axis = ticks(names, length)
+    texts = [plain(text.replace("<br>", " ")).split() for text in axis.get("ticktext", [])]
     assert texts in ([], [plain(name).split() for name in names])
-    assert all("<" not in text.replace("<br>", "") for text in made.get("ticktext", []))
+    assert all("<" not in text.replace("<br>", "") for text in axis.get("ticktext", []))
 
 
 def test_names_in_print_and_in_the_table_of_a_figure():

@@ -20,8 +20,8 @@ def curves() -> go.Figure:
     return layer_curves({"one": np.arange(3.0)}, layers=[0, 1, 2], title="", unit="nats")
 
 
-@pytest.mark.parametrize(("renderer", "shown"), [("plotly_mimetype", True), ("json", False)])
-def test_the_style_precedes_the_figure_where_plotlys_format_is_shown(renderer, shown, monkeypatch):
+@pytest.mark.parametrize(("renderer", "with_style"), [("plotly_mimetype", True), ("json", False)])
+def test_the_style_precedes_the_figure_where_plotlys_format_is_shown(renderer, with_style, monkeypatch):
     display = pytest.importorskip("IPython.display", reason="needs IPython, which comes with jupyterlab")
     bundles = []
     monkeypatch.setattr(display, "display", lambda bundle, raw: bundles.append(bundle))
@@ -29,17 +29,17 @@ def test_the_style_precedes_the_figure_where_plotlys_format_is_shown(renderer, s
     curves()._ipython_display_()
     curves().show()
     styles = [is_style(bundle.get("text/html", "")) for bundle in bundles]
-    assert styles == ([True, False] * 2 if shown else [False] * 2)
+    assert styles == ([True, False] * 2 if with_style else [False] * 2)
     assert all(DARK_FILTER in bundle["text/html"] for bundle, style in zip(bundles, styles, strict=True) if style)
-    assert len({str(bundle) for bundle in bundles}) == 1 + shown  # the figure itself is the same
+    assert len({str(bundle) for bundle in bundles}) == 1 + with_style  # the figure itself is the same
 
 
 def test_a_figure_of_plotly_becomes_themed_and_stays_the_same():
     plain = go.Figure(go.Scatter(y=[1, 2], error_y={"array": [1, 1]}), {"title": {"text": "t"}})
-    made = themed(plain)
-    assert isinstance(made, ThemedFigure)
-    assert themed(made) is made
-    assert json.loads(made.to_json()) == json.loads(plain.to_json())
+    themed_figure = themed(plain)
+    assert isinstance(themed_figure, ThemedFigure)
+    assert themed(themed_figure) is themed_figure
+    assert json.loads(themed_figure.to_json()) == json.loads(plain.to_json())
     assert isinstance(curves(), ThemedFigure)
 
 
@@ -74,8 +74,8 @@ def test_figures_share_no_template():
 
 
 @pytest.mark.parametrize(
-    ("colour", "seen"),  # as Chromium shows them, read from a screenshot
+    ("colour", "screen_colour"),  # as Chromium shows them, read from a screenshot
     [("#ffffff", "#0d0d0d"), ("#1f2430", "#ced2dd"), ("#d55e00", "#e77c28"), ("#65a6da", "#356f9e")],
 )
-def test_colours_in_a_dark_notebook(colour, seen):
-    assert in_dark_notebook(colour) == seen
+def test_colours_in_a_dark_notebook(colour, screen_colour):
+    assert in_dark_notebook(colour) == screen_colour

@@ -97,7 +97,7 @@ def test_a_strip_in_shorter_lines_is_what_would_be_drawn_so(line):
     assert (number, len(cut.data[0].z)) == (6, 2)
     printed, omitted = to_paper(strip(values, tokens=words))
     assert printed.data[0].text[0][0] == "·tok…"
-    assert not any("too narrow" in one for one in omitted)
+    assert not any("too narrow" in note for note in omitted)
     assert "tokens after the first 420" in to_paper(strip(np.zeros(500)))[1]
 
 

@@ -17,9 +17,9 @@ from workbench.io.progress import _Lines, duration, progress
 @pytest.fixture
 def clock(monkeypatch):
     """Stands where it is put: seconds since it was made."""
-    now = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    return now
+    seconds = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: seconds[0])
+    return seconds
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,10 @@ def cell(monkeypatch):
 
     ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel="one"))
     monkeypatch.setitem(sys.modules, "IPython", ipython)
-    shown = SimpleNamespace(display=lambda content, raw, display_id: Handle(content) if raw and display_id else None)
-    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    display_module = SimpleNamespace(
+        display=lambda content, raw, display_id: Handle(content) if raw and display_id else None
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", display_module)
     return output
 
 

@@ -84,17 +84,17 @@ def figures_follow_the_theme(page, tmp_path) -> None:
     """A figure is filtered on the dark theme alone, and the output that carries the rule takes no room."""
     plot = ".jp-RenderedPlotly .js-plotly-plot, .jp-RenderedPlotly.js-plotly-plot"
     page.run(f"document.querySelector('{plot}').scrollIntoView({{ block: 'center' }})")
-    seen = {}
+    filters = {}
     for theme in ("JupyterLab Dark", "JupyterLab Light"):
         page.run(
             f"jupyterapp.commands.execute('apputils:change-theme', {{ theme: {json.dumps(theme)} }}).then(() => null)"
         )
         page.wait(f"document.body.dataset.jpThemeLight == '{str('Light' in theme).lower()}'")
-        seen[theme] = page.run(
+        filters[theme] = page.run(
             f"getComputedStyle(document.querySelector('{plot}').closest('.jp-RenderedPlotly')).filter"
         )
         page.picture(tmp_path / f"{theme}.png")
-    assert seen == {"JupyterLab Dark": DARK_FILTER, "JupyterLab Light": "none"}
+    assert filters == {"JupyterLab Dark": DARK_FILTER, "JupyterLab Light": "none"}
     hidden = "[...document.querySelectorAll('.workbench-figure')].map((sign) => sign.offsetParent === null)"
     assert set(page.run(hidden)) == {True}
 

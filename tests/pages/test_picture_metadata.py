@@ -31,10 +31,10 @@ def information(pdf: bytes) -> dict[str, str]:
     assert pdf[previous:].startswith(b"xref")
     root = int(re.search(rb"/Root (\d+) 0 R", trailer)[1])
     assert b"%d 0 obj\n<</Type /Catalog" % root in pdf
-    held = re.match(rb"%d 0 obj\n<<(.*?)>>\nendobj" % number, pdf[offset:], re.DOTALL)[1]
+    entries = re.match(rb"%d 0 obj\n<<(.*?)>>\nendobj" % number, pdf[offset:], re.DOTALL)[1]
     return {
         key.decode(): bytes.fromhex(text.decode()).decode("utf-16")
-        for key, text in re.findall(rb"/(\w+) <([0-9a-f]+)>", held)
+        for key, text in re.findall(rb"/(\w+) <([0-9a-f]+)>", entries)
     }
 
 
@@ -73,5 +73,5 @@ def test_hostile_texts_stay_texts():
 
 @pytest.mark.parametrize("damage", [b"trailer", b"/Root", b"startxref"])
 def test_a_pdf_with_another_table_of_objects_is_unchanged(damage):
-    other = SMALL_PDF.replace(damage, b"/Other")
-    assert with_metadata(other, "pdf", TITLE, ALT) == other
+    other_pdf = SMALL_PDF.replace(damage, b"/Other")
+    assert with_metadata(other_pdf, "pdf", TITLE, ALT) == other_pdf

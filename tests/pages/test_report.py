@@ -92,9 +92,9 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path)
 def test_a_figure_is_its_data_and_its_title_is_text(tmp_path):
     page = written(tmp_path, [Section("part", figures={"a": figure(width=900)})])
     (drawn,) = drawings(page)
-    shown = go.Figure({"data": drawn["data"], "layout": drawn["layout"]})
-    assert np.asarray(shown.data[0].z).tolist() == [[0.25, 0.5]]
-    assert shown.layout.title.text is None
+    plotly_figure = go.Figure({"data": drawn["data"], "layout": drawn["layout"]})
+    assert np.asarray(plotly_figure.data[0].z).tolist() == [[0.25, 0.5]]
+    assert plotly_figure.layout.title.text is None
     assert drawn["width"] == 900
     assert "A title and more" in page.text
     labels = [about.get("aria-label", "") for _, about in page.elements]

@@ -46,7 +46,7 @@ def served(store):
     running.close()
 
 
-def asked(served, name="", method="GET", headers=None, token=None, **parameters):
+def send_request(served, name="", method="GET", headers=None, token=None, **parameters):
     """Status and content of one request."""
     parts = urlsplit(served.address)
     connection = HTTPConnection(parts.hostname, parts.port, timeout=60)
@@ -59,14 +59,14 @@ def asked(served, name="", method="GET", headers=None, token=None, **parameters)
 
 
 def answer(served, name, **parameters):
-    status, content, _ = asked(served, name, **parameters)
+    status, content, _ = send_request(served, name, **parameters)
     assert status == 200, content
     return json.loads(content)
 
 
 def test_only_our_own_page_on_this_machine_may_ask(served):
     assert urlsplit(served.address).hostname == "127.0.0.1"
-    assert asked(served)[0] == asked(served, "about")[0] == 200
+    assert send_request(served)[0] == send_request(served, "about")[0] == 200
     for refused_request in (
         {"token": "wrong"},
         {"headers": {"Host": "evil.example"}},
@@ -74,13 +74,13 @@ def test_only_our_own_page_on_this_machine_may_ask(served):
         {"headers": {"Origin": "null"}},
         {"headers": {"Sec-Fetch-Site": "cross-site"}},
     ):
-        assert asked(served, "about", **refused_request)[0] == 403, refused_request
-    assert asked(served, "about", "POST")[0] == asked(served, "about", "DELETE")[0] == 501
-    headers = asked(served)[2]
+        assert send_request(served, "about", **refused_request)[0] == 403, refused_request
+    assert send_request(served, "about", "POST")[0] == send_request(served, "about", "DELETE")[0] == 501
+    headers = send_request(served)[2]
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "Access-Control-Allow-Origin" not in headers
     assert headers["Referrer-Policy"] == "no-referrer"
-    assert asked(served, "../../etc/passwd")[0] == 400
+    assert send_request(served, "../../etc/passwd")[0] == 400
 
 
 def test_answers_are_the_numbers_of_the_store(served, store):
@@ -137,7 +137,7 @@ def two_folders(hostile_features, tmp_path):
 
 def test_features_of_a_row_and_over_the_text(two_folders):
     view = LinkedView(two_folders[0].store, two_folders)
-    assert view.about()["features"] == [[one.path.name, one.shape[1]] for one in two_folders]
+    assert view.about()["features"] == [[folder.path.name, folder.shape[1]] for folder in two_folders]
     first, last = (int(view._starts[1]), int(view._ends[1]))
     for number, features in enumerate(two_folders):
         dense = features[:].toarray()
@@ -157,7 +157,9 @@ def test_the_command_shows_every_folder_of_features_that_opens(two_folders, monk
 
     features, second = two_folders
     views = []
-    monkeypatch.setattr("workbench.pages.serve.LinkedView", lambda *given: views.append(given) or LinkedView(*given))
+    monkeypatch.setattr(
+        "workbench.pages.serve.LinkedView", lambda *arguments: views.append(arguments) or LinkedView(*arguments)
+    )
     monkeypatch.setattr("workbench.cli.page_verbs.Event", Interrupted)
     damaged = features.path.parent / "damaged"
     damaged.mkdir()
@@ -169,12 +171,15 @@ def test_the_command_shows_every_folder_of_features_that_opens(two_folders, monk
         assert run("serve", features.store.path, "--features", features.path, second.path)[0] == 0
     finally:
         shutil.rmtree(damaged)
-    assert [[one.path for one in given[1]] for given in views] == [[features.path], [features.path, second.path]]
+    assert [[folder.path for folder in arguments[1]] for arguments in views] == [
+        [features.path],
+        [features.path, second.path],
+    ]
 
 
 def test_wrong_requests(served, store, hostile_features, tmp_path):
     def error(name, **parameters):
-        status, content, _ = asked(served, name, **parameters)
+        status, content, _ = send_request(served, name, **parameters)
         assert status == 400
         return json.loads(content)["error"]
 
@@ -203,7 +208,7 @@ def test_the_views_in_a_browser(served, store):
         page.size(1300, 900)
         page.open(served.address)
         page.wait(f"{count('.token')} == 30 && {count('#sinks button')} == 2")
-        assert page.run("[...document.querySelectorAll('.sequence')].map((one) => one.dataset.name)") == ["0", "1", "2"]
+        assert page.run("[...document.querySelectorAll('.sequence')].map(node => node.dataset.name)") == ["0", "1", "2"]
         assert page.run("document.querySelectorAll('img, #tokens script').length") == 0
         texts = page.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
         assert "<img src=x onerror=alert(1)>" in texts
@@ -246,8 +251,8 @@ def test_the_reader_chooses_among_folders_of_features(two_folders):
         with chromium() as page:
             page.open(served.address)
             page.wait(count(".token[data-row='9']"))
-            names = page.run("[...document.querySelector('[name=features]').options].map((one) => one.textContent)")
-            assert names == [one.path.name for one in two_folders]
+            names = page.run("[...document.querySelector('[name=features]').options].map(node => node.textContent)")
+            assert names == [folder.path.name for folder in two_folders]
             page.mouse(".token[data-row='9']")
             change = "dispatchEvent(new Event('change', {bubbles: true}))"
             for number, features in reversed(list(enumerate(two_folders))):
@@ -255,8 +260,8 @@ def test_the_reader_chooses_among_folders_of_features(two_folders):
                 active = set(features[[9]].indices.tolist())
                 page.wait("document.querySelector('#features .note').textContent.startsWith('active on row 9')")
                 cards = "document.querySelectorAll('#features li button:first-child')"
-                ids = f"[...{cards}].map((one) => Number(one.textContent))"
-                page.wait(f"{ids}.length && {ids}.every((one) => {sorted(active)}.includes(one))")
+                ids = f"[...{cards}].map(node => Number(node.textContent))"
+                page.wait(f"{ids}.length && {ids}.every(id => {sorted(active)}.includes(id))")
                 page.mouse("#features li button:nth-child(2)")
                 feature = page.run(f"{ids}[0]")
                 value = f"{features[[9]].toarray()[0, feature]:.4g}"
@@ -279,16 +284,18 @@ def test_a_store_of_many_sequences_scrolls(tmp_path):
             page.wait(f"{count('.sequence')} > 1")
             assert page.run(count(".sequence")) < 20
             scroll = "const list = document.querySelector('#tokens'); list.scrollTop = list.scrollHeight"
-            shown = "[...document.querySelectorAll('.sequence')].map((one) => Number(one.dataset.name))"
-            page.wait(f"(() => {{ {scroll}; return {shown}.at(-1) == 39 }})()")
-            numbers = page.run(shown)
+            sequence_numbers = "[...document.querySelectorAll('.sequence')].map(node => Number(node.dataset.name))"
+            page.wait(f"(() => {{ {scroll}; return {sequence_numbers}.at(-1) == 39 }})()")
+            numbers = page.run(sequence_numbers)
             assert numbers == list(range(numbers[0], 40))
             assert 1 < len(numbers) < 20
             assert page.run("Number(document.querySelector('[name=sequence]').value)") in numbers
             last = page.run("[...document.querySelectorAll('.token')].at(-1).title")
             assert last == "row 15999, position 399: 16000"
             assert page.run("document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
-            page.wait(f"(() => {{ document.querySelector('#tokens').scrollTop = 0; return {shown}[0] == 0 }})()")
+            page.wait(
+                f"(() => {{ document.querySelector('#tokens').scrollTop = 0; return {sequence_numbers}[0] == 0 }})()"
+            )
             assert page.run("document.querySelector('.token').title") == "row 0, position 0: 1"
             assert page.complaints == []
     finally:

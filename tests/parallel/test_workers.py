@@ -238,10 +238,10 @@ def test_features_of_several_layers_go_to_workers_of_ray(session, tmp_path, monk
         about = {"d_in": D_IN, "seed": layer, "hook_name": site.name, "model_name": "demo"}
         parts.append(wb.load_sae(save_sae(tmp_path / f"sae {layer}", "jumprelu", **about), device="cpu"))
     sae, places = layered(parts, "two"), {"one": None, "ray": wb.RayWorkers(1, threads=1)}
-    one, ray = (extracted(store, sae, out=tmp_path / name, workers=workers) for name, workers in places.items())
-    np.testing.assert_allclose(ray[:].toarray(), one[:].toarray(), rtol=1e-6)
-    assert ray.sites.equals(one.sites)
-    assert (one.counts > 0).sum() > 20
+    local, ray = (extracted(store, sae, out=tmp_path / name, workers=workers) for name, workers in places.items())
+    np.testing.assert_allclose(ray[:].toarray(), local[:].toarray(), rtol=1e-6)
+    assert ray.sites.equals(local.sites)
+    assert (local.counts > 0).sum() > 20
 
 
 def test_a_sweep_by_workers_has_the_table_of_one_process(session, tmp_path):

@@ -34,8 +34,8 @@ SOURCES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_no_heavy_library(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
 def test_every_public_name_is_there():
@@ -72,9 +72,9 @@ def test_no_public_name_is_the_name_of_a_submodule():
     ],
 )
 def test_the_folders_as_packages_of_their_own_name_the_right_import(arguments, message):
-    ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 1
-    assert message in ran.stderr.splitlines()[-1]
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
 
 
 def names_in(node: ast.AST) -> set[str]:

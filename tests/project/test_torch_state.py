@@ -134,15 +134,15 @@ def test_what_a_device_with_float64_computes_in_it_stays_there(expected, tmp_pat
     model, texts = wb.load_model("demo", device="cpu"), [document["text"][:200] for document in demo_corpus()[:4]]
     store = wb.record(model, texts, sites=("resid_post",), out=tmp_path / "s.acts", show_progress=False)
     rows, lens = store["resid_post", 2][:].float(), FutureLens(horizons=1, epochs=1, direct_vocab=50, ridge=(0.01,))
-    here = encoder(wb.load_sae("demo", device="cpu"), precision="bfloat16")(rows)
+    on_cpu = encoder(wb.load_sae("demo", device="cpu"), precision="bfloat16")(rows)
     result = replace(lens, device="cpu").run(store)
     features = wb.extract_features(store, wb.load_sae("demo", device="cpu"), show_progress=False)
     with PretendDevice("xpu"):
-        there = encoder(wb.load_sae("demo", device="xpu"), precision="bfloat16")(rows.to("xpu"))
-        assert [part.device.type for part in (there.indptr, there.feature, there.value)] == ["xpu"] * 3
-        assert torch.equal(there.indptr.cpu(), here.indptr)
-        assert torch.equal(there.feature.cpu(), here.feature)
-        torch.testing.assert_close(there.value.cpu(), here.value)
+        on_device = encoder(wb.load_sae("demo", device="xpu"), precision="bfloat16")(rows.to("xpu"))
+        assert [part.device.type for part in (on_device.indptr, on_device.feature, on_device.value)] == ["xpu"] * 3
+        assert torch.equal(on_device.indptr.cpu(), on_cpu.indptr)
+        assert torch.equal(on_device.feature.cpu(), on_cpu.feature)
+        torch.testing.assert_close(on_device.value.cpu(), on_cpu.value)
         moved = replace(lens, device="xpu").run(store)
         model, sae = wb.load_model("demo", device="xpu"), wb.load_sae("demo", device="xpu")
         wb.record(model, texts, sae=sae, out=tmp_path / "f.acts", show_progress=False)
@@ -150,23 +150,29 @@ def test_what_a_device_with_float64_computes_in_it_stays_there(expected, tmp_pat
         if values.dtype.kind in "fiub":
             np.testing.assert_allclose(moved.data[name], values, rtol=1e-3, atol=1e-4, err_msg=str(name))
     (recorded,) = (tmp_path / "f.acts" / "features").iterdir()
-    here, there = (matrix[np.arange(store.rows)].toarray() for matrix in (features, wb.open_features(recorded)))
-    np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
+    on_cpu, on_device = (matrix[np.arange(store.rows)].toarray() for matrix in (features, wb.open_features(recorded)))
+    np.testing.assert_allclose(on_cpu, on_device, rtol=1e-3, atol=1e-3)
 
 
 def test_the_pretend_device_refuses_what_cuda_refuses():
     with PretendDevice("xpu") as device:
-        there, here = torch.arange(3.0, device="xpu"), torch.arange(3.0)
-        for mixed in (lambda: there + here, lambda: torch.cat([here, there]), lambda: here[there.long()]):
+        on_device, on_cpu = torch.arange(3.0, device="xpu"), torch.arange(3.0)
+        for mixed in (
+            lambda: on_device + on_cpu,
+            lambda: torch.cat([on_cpu, on_device]),
+            lambda: on_cpu[on_device.long()],
+        ):
             with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
                 mixed()
         with pytest.raises(TypeError, match="can't convert xpu:0 device type tensor to numpy"):
-            there.numpy()
-        assert (there[here.long()] + torch.tensor(1.0)).device == there.to("xpu").device == torch.device("xpu")
-        assert there.double().device.type == "xpu"
+            on_device.numpy()
+        assert (
+            (on_device[on_cpu.long()] + torch.tensor(1.0)).device == on_device.to("xpu").device == torch.device("xpu")
+        )
+        assert on_device.double().device.type == "xpu"
         assert device.waits.total() == 0
-        assert type(there.cpu().add_(1)) is torch.Tensor
-        assert there.tolist() == [0.0, 1.0, 2.0]
+        assert type(on_device.cpu().add_(1)) is torch.Tensor
+        assert on_device.tolist() == [0.0, 1.0, 2.0]
         assert device.waits.total() == 2
     with PretendDevice("mps"), pytest.raises(TypeError, match="float64"):
         torch.zeros(3, device="mps").double()

@@ -112,12 +112,12 @@ def test_a_whole_number_may_be_written_as_a_float():
 def test_one_stands_for_a_sequence_of_one(at, tmp_path):
     options = {"sites": ["resid_post.0"], "dtype": "float32", "show_progress": False}
     change = wb.Add("resid_post.0", torch.ones(32))
-    one, other = (
+    first_store, second_store = (
         plain(wb.record)(at.model, ["the day"], out=tmp_path / name, interventions=records, **options)
         for name, records in (("one", change), ("several", [change]))
     )
-    np.testing.assert_array_equal(one["resid_post", 0][:], other["resid_post", 0][:])
-    compared = wb.compare(one, other, sites="resid_post", probes="logit-lens")
+    np.testing.assert_array_equal(first_store["resid_post", 0][:], second_store["resid_post", 0][:])
+    compared = wb.compare(first_store, second_store, sites="resid_post", probes="logit-lens")
     assert compared.sites["site"].tolist() == ["resid_post.0"]
     assert set(compared.not_run) <= {"logit-lens"}
 

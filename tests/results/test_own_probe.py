@@ -46,13 +46,13 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     source = shutil.copytree(PACKAGE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    ran = subprocess.run(
+    result = subprocess.run(
         [*pip, "--disable-pip-version-check", "--target", str(folder / "site"), str(source)],
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert result.returncode == 0, result.stderr
     return folder / "site"
 
 
@@ -66,7 +66,7 @@ def test_the_page_shows_the_package_as_it_is():
 def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
     planted_norms(tmp_path, first_row=100)  # which the condition leaves out
     path = os.pathsep.join([str(installed), str(ROOT)])
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", COMMANDS],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
@@ -74,8 +74,10 @@ def test_an_installed_probe_is_used_like_ours(installed, tmp_path):
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert re.search(r"^  norm-growth +Measures the norm of the residual stream after each block\.$", ran.stdout, re.M)
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        r"^  norm-growth +Measures the norm of the residual stream after each block\.$", result.stdout, re.M
+    )
     import pandas as pd
 
     table = pd.read_parquet(tmp_path / "norms" / "table.parquet")
@@ -110,9 +112,9 @@ def run_python(folder: Path, code: str, **variables: str) -> str:
     (folder / "script.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "script.py"]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def planted_norms(folder: Path, first_row: float = 2.0) -> Path:

@@ -31,7 +31,7 @@ COLUMNS = {
 }
 
 
-def same(first: object, second: object) -> bool:
+def equal_values(first: object, second: object) -> bool:
     return bool(pd.isna(first) and pd.isna(second)) or first == second
 
 
@@ -40,7 +40,7 @@ def test_a_column_comes_back_with_its_type(name):
     table = pd.DataFrame({name: COLUMNS[name]})
     again = read_table(write_table(table))
     assert again[name].dtype == table[name].dtype
-    assert [same(a, b) for a, b in zip(again[name], table[name], strict=True)] == [True] * 3
+    assert [equal_values(a, b) for a, b in zip(again[name], table[name], strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("index", [[5, 7], pd.MultiIndex.from_tuples([(1, "a"), (2, "b")], names=["n", "w"])])

@@ -34,13 +34,15 @@ def test_every_short_name_can_be_recorded_or_has_a_reason(family, tiny_models):
 
 def test_a_kind_that_some_layers_lack_names_them(tiny_models):
     sites = Model(tiny_models["llama"], None, "llama").site_map
-    gone = "blocks.1.attn.hook_pattern"
-    left = {name: site for name, site in sites.sites.items() if name != gone}
-    absent = absent_sites(replace(sites, sites=left, missing={**sites.missing, gone: "it is linear attention"}))
-    (one,) = (part for part in absent if part.layers == (1,))
-    assert one.reason == "it is linear attention"
-    assert one.kinds[:2] == ("pattern", "attn_received")
-    assert absence(absent, "attn_first", 1) == one.reason
+    absent_name = "blocks.1.attn.hook_pattern"
+    present_sites = {name: site for name, site in sites.sites.items() if name != absent_name}
+    absent = absent_sites(
+        replace(sites, sites=present_sites, missing={**sites.missing, absent_name: "it is linear attention"})
+    )
+    (layer_record,) = (part for part in absent if part.layers == (1,))
+    assert layer_record.reason == "it is linear attention"
+    assert layer_record.kinds[:2] == ("pattern", "attn_received")
+    assert absence(absent, "attn_first", 1) == layer_record.reason
     assert absence(absent, "attn_first", 0) is absence(absent, "attn_first") is None
 
 
