@@ -112,7 +112,7 @@ def test_labels_that_a_part_lacks_are_null_and_other_types_are_refused_before_th
     with pytest.raises(RequestError, match=r"^append: column 'entity' holds whole numbers, in the store text, and no"):
         record(model, numbers, tmp_path / "s", append=True)
     assert files(tmp_path / "s") == before
-    with pytest.raises(RequestError, match="span_column: spans in the store, None requested"):
+    with pytest.raises(RequestError, match="span_column: spans in the store, none requested"):
         record(model, RECORDS, tmp_path / "s", span_column=None)
 
 
