@@ -48,8 +48,8 @@ Both sides of a comparison run alternately, in the same process and on the same 
 of its own. The tables show medians over the repeats, and the lowest and highest single repeat. The speed of a recording
 is measured from the first forward pass to the committed store; "the whole call" is all of `wb.record`, including the
 fingerprint of the weights and the stored unembedding. MB are 10^6 bytes. The line below each section gives the command
-that wrote it, the date, the machine and the duration; `--write docs/benchmarks.md` replaces a section. Each size is
-also a flag of the command."""
+that wrote it, the date, the machine and the duration; `--write docs/benchmarks.md` replaces a section, and with
+`--beside` adds one of this processor to it. Each size is also a flag of the command."""
 _LIBRARIES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets", "numpy", "pyarrow")
 
 
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--quick", "--dry-run", action="store_true", help="tiny sizes on the CPU, without meaningful numbers"
     )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the sections of this Markdown page")
+    parser.add_argument(
+        "--beside", action="store_true", help="give the sections this processor's name, to stand beside another's"
+    )
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="date of the measurement; default: today")
     parser.add_argument("--scratch", type=Path, default=Path("build"), help="folder on the disk to be measured")
     request, flags = parser.parse_known_args(arguments)
@@ -81,12 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, name in enumerate(names, 1):
         print(f"benchmark {number} of {len(names)}: {name}", flush=True)
         try:
-            section = _section(name, settings[name], request.scratch, request.date)
+            heading = f"{name}, {processor()}" if request.beside else name
+            section = _section(name, settings[name], request.scratch, request.date, heading)
         except RequestError as error:
             parser.error(str(error))
         if request.write:
             existing = request.write.read_text(encoding="utf-8") if request.write.exists() else ""
-            request.write.write_text(page(existing, {name: section}), encoding="utf-8")
+            request.write.write_text(page(existing, {heading: section}), encoding="utf-8")
 
 
 def _settings(name: str, quick: bool) -> Any:
@@ -113,24 +117,28 @@ def _with_sizes(parser: argparse.ArgumentParser, settings: dict[str, Any], flags
 
 
 def page(existing: str, sections: Mapping[str, str]) -> str:
-    """Returns the page `existing` with these sections in place of those of the same names, in the order of `NAMES`."""
+    """Returns the page `existing` with these sections in place of those of the same headings, in the order of `NAMES`.
+
+    A heading is the name of a benchmark, or the name, a comma and a processor.
+    """
     older = {
         text.split("\n", 1)[0].removeprefix("## "): text for text in re.split(r"^(?=## )", existing, flags=re.M)[1:]
     }
-    texts = {name: text.strip() for name, text in {**older, **sections}.items()}
-    return "\n\n".join([INTRODUCTION, *(texts[name] for name in NAMES if name in texts)]) + "\n"
+    texts = sorted({**older, **sections}.items())
+    ordered = [text.strip() for name in NAMES for heading, text in texts if heading.partition(", ")[0] == name]
+    return "\n\n".join([INTRODUCTION, *ordered]) + "\n"
 
 
-def _section(name: str, settings: Any, scratch: Path, date: str) -> str:
-    """Runs one benchmark, prints and returns its section of the page."""
+def _section(name: str, settings: Any, scratch: Path, date: str, heading: str) -> str:
+    """Runs one benchmark, prints and returns its section of the page; described under its plain name alone."""
     module = import_module(f"workbench.experiments.benchmarks.{name}")
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=scratch) as folder:
         comparisons: list[Comparison] = settings.run(Path(folder).absolute())
     seconds = time.monotonic() - start
-    text = f"## {name}\n\n{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n{_sizes(settings)}.\n\n"
-    text += f"{table(comparisons)}\n\n"
+    description = f"{module.__doc__}\n\n{cleandoc(settings.__doc__)}\n" if heading == name else ""
+    text = f"## {heading}\n\n{description}{_sizes(settings)}.\n\n{table(comparisons)}\n\n"
     on_gpu = getattr(settings, "device", "cpu") != "cpu"
     text += f"`{_command(name, settings)}`, {date}, {seconds:,.0f} s, {_device(on_gpu)}.\n"
     print(text, flush=True)

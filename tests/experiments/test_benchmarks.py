@@ -8,7 +8,7 @@ import pytest
 
 from workbench.experiments.benchmarks.__main__ import INTRODUCTION, main, page
 from workbench.experiments.benchmarks.__main__ import _with_sizes as sized
-from workbench.experiments.benchmarks.measure import Comparison, median_interval, paired_until
+from workbench.experiments.benchmarks.measure import Comparison, median_interval, paired_until, processor
 from workbench.experiments.benchmarks.reading import Reading
 
 
@@ -17,6 +17,13 @@ def test_sections_are_replaced_by_name_and_stand_in_order():
     again = page(first, {"reading": "## reading\n\nnew\n", "long_context": "## long_context\n\nlong\n"})
     assert again == f"{INTRODUCTION}\n\n## long_context\n\nlong\n\n## reading\n\nnew\n\n## memory\n\n| a |\n"
     assert page(again, {}) == again
+
+
+def test_a_section_of_another_processor_stands_beside_the_first():
+    known = page("", {"memory": "## memory\n\n| a |\n", "reading": "## reading\n\nold\n"})
+    beside = page(known, {"reading, AMD EPYC": "## reading, AMD EPYC\n\nnew\n"})
+    assert beside == f"{INTRODUCTION}\n\n## reading\n\nold\n\n## reading, AMD EPYC\n\nnew\n\n## memory\n\n| a |\n"
+    assert page(beside, {}) == beside
 
 
 def test_the_page_in_docs_is_one_of_these():
@@ -32,6 +39,12 @@ def test_sizes_are_flags_and_the_section_gives_the_command(tmp_path):
     assert "\nrepeats 2.\n" in text
     assert "`python -m workbench.experiments.benchmarks import_time --repeats 2`, 2026-01-01, " in text
     assert page(text, {}) == text
+
+
+def test_a_section_beside_has_the_processor_and_no_second_description(tmp_path):
+    out = tmp_path / "page.md"
+    main(["import_time", "--repeats", "2", "--write", str(out), "--scratch", str(tmp_path), "--beside"])
+    assert f"## import_time, {processor()}\n\nrepeats 2.\n\n| " in out.read_text()
 
 
 def test_a_size_may_be_several_numbers():
