@@ -64,6 +64,8 @@ from workbench.probing import (
 
 _LAYER = ("layer",)
 _RECENT = 5  # tokens before the query
+_ROWS = 1000  # measured where row_limit is not set and the work below allows them
+_CPU_WORK = 1.5e13  # operations of the changed passes where row_limit is not set: some minutes of two cores
 _CHANGES = {"delete": "this block deleted", "swap": "this block and the next exchanged"}
 _MEASURED = {"kl": ("kl", 0.0), "agreement": ("agreement", 1.0), "loss": ("loss", 0.0)}
 """Variable to the measure, and its value in the plain model, which effects leave out."""
@@ -114,8 +116,9 @@ class Stages(LayerProbe):
 
     where: str | None = "NOT is_special"
     """SQL over the token table: tokens that are measured, as far as one stands before and one after them. None: all."""
-    row_limit: int = 1000
-    """Tokens that are measured, in whole sequences drawn at random."""
+    row_limit: int | None = None
+    """Tokens that are measured, in whole sequences drawn at random. None: 1,000, or as many as some minutes of a CPU
+    pay for."""
     markers_only: bool = False
     """True leaves deletion, swaps and neurons out, so that no model is needed."""
     control: bool = True
@@ -131,7 +134,8 @@ class Stages(LayerProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, "row_limit", "resamples", at_least=1, whole=True)
+        check_fields(self, "row_limit", at_least=1, whole=True, optional=True)
+        check_fields(self, "resamples", at_least=1, whole=True)
         check_fields(self, "seed", at_least=0, whole=True)
 
     @plain_torch()
@@ -153,7 +157,8 @@ class Stages(LayerProbe):
         lens = layers_of(store, "resid_post") if store.manifest.has_unembed else []
         attention = layers_of(store, "pattern")
         layers = self._layers(store.manifest.model.n_layers)
-        rows = predicting_rows(store, self.where, self.row_limit, self.seed)
+        limit, few_rows = self._limit(store, layers)
+        rows = predicting_rows(store, self.where, limit, self.seed)
         lens, attention = ([layer for layer in known if layer in layers] for known in (lens, attention))
         sites = [f"resid_post.{layer}" for layer in lens] + [f"pattern.{layer}" for layer in attention]
         finite = self.finite_rows(store, sites, rows)
@@ -163,6 +168,7 @@ class Stages(LayerProbe):
         if lens:
             arrays |= _lens(store, lens, layers, finite.rows, usable_device(self.device))
         notes = [
+            few_rows,
             "" if attention else "recent not computed: pattern was not recorded",
             "" if lens else "entropy not computed: resid_post or the unembedding was not recorded",
         ]
@@ -179,6 +185,17 @@ class Stages(LayerProbe):
         data = dataset(self.variables, {name: np.asarray(array) for name, array in arrays.items()}, {"layer": layers})
         names = [name for name in data if data[name].dims == _LAYER]
         return self.result(store, data, data[names].to_dataframe().reset_index(), finite, notes)
+
+    def _limit(self, store: Store, layers: Sequence[int]) -> tuple[int, str]:
+        """Number of tokens to measure, and a note where they are fewer for the sake of time."""
+        if self.row_limit is not None or self.markers_only or usable_device(self.device).type != "cpu":
+            return self.row_limit or _ROWS, ""
+        sizes = store.manifest.model
+        parameters = 12 * sizes.n_layers * sizes.d_model**2 + sizes.vocab * sizes.d_model
+        passes = 2 * len(layers) * (1 + self.control)
+        paid = max(1, int(_CPU_WORK // (2 * parameters * passes)))
+        note = f"about {paid:,} tokens measured, as many as some minutes allow; set row_limit to measure more"
+        return (paid, note) if paid < _ROWS else (_ROWS, "")
 
     def _layers(self, n_layers: int) -> list[int]:
         chosen = range(n_layers) if self.layers is None else sorted({layer % n_layers for layer in self.layers})

@@ -153,6 +153,23 @@ def test_settings_matter(tiny, tiny_store):
     assert "kl_delete_random" not in last_layer.data
 
 
+def test_tokens_are_as_many_as_the_time_pays_for(tiny, tiny_store, monkeypatch):
+    parameters = 12 * 3 * 32**2 + 320 * 32
+    monkeypatch.setattr("workbench.probes.stages._CPU_WORK", 2 * parameters * 2 * 3 * 5)  # five tokens of six passes
+    chosen, all_tokens = {"control": False, "resamples": 2, "device": "cpu"}, 8 + 1 + 5
+    few = Stages(**chosen).run(tiny_store, model=tiny)
+    assert few.headline().endswith(
+        "about 5 tokens measured, as many as some minutes allow; set row_limit to measure more."
+    )
+    assert 5 <= int(few.data["rows"]) < all_tokens
+    assert "about 2 tokens" in Stages(**chosen | {"control": True}).run(tiny_store, model=tiny).headline()
+    whole = Stages(**chosen, row_limit=1000).run(tiny_store, model=tiny)
+    assert int(whole.data["rows"]) == all_tokens
+    assert "some minutes" not in whole.headline()
+    monkeypatch.undo()
+    assert int(Stages(**chosen).run(tiny_store, model=tiny).data["rows"]) == all_tokens
+
+
 def test_requests_without_an_answer_are_refused(tiny, tiny_store):
     refused(RequestError, lambda: Stages(where="position = 0").run(tiny_store, model=tiny))
     assert "layers" in refused(RequestError, lambda: Stages(layers=(7,)).run(tiny_store, model=tiny))
