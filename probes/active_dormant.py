@@ -65,6 +65,7 @@ from workbench.probing import (
     value_text,
     with_interval,
     with_note,
+    with_progress,
     written_norms,
 )
 
@@ -165,7 +166,10 @@ class ActiveDormant(LayerProbe):
         arrays = _choose_sink(self, store, source, layers, sequences)
         sink = int(arrays["sink_position"])
         blocks = sorted({*layers, *streams})
-        received = {layer: _sink_attention(store, source, layer, sequences, sink) for layer in layers}
+        received = {
+            layer: _sink_attention(store, source, layer, sequences, sink)
+            for layer in with_progress(layers, "attention to the sink", "layers")
+        }
         heads: dict[int, dict[str, np.ndarray]] = {
             layer: {"sink_attention": attention} for layer, attention in received.items()
         }

@@ -49,6 +49,7 @@ from workbench.probing import (
     usable_device,
     vocabulary_moments,
     with_note,
+    with_progress,
 )
 
 _NEURON, _LAYER = ("layer", "neuron"), ("layer",)
@@ -149,7 +150,7 @@ class Neurons(LayerProbe):
         chance = torch.randn(self.random, loaded.d_model, generator=draw, device="cpu")
         control = vocabulary_moments(chance, unembed)
         parts, weights = [], {}
-        for layer, site in zip(layers, labels, strict=True):
+        for layer, site in with_progress([*zip(layers, labels, strict=True)], "neurons", "layers"):
             weights[layer] = outputs[layer].directions()[0]
             moments = vocabulary_moments(weights[layer], unembed)
             activity = neuron_activity(store[site], rows.rows, self.top, self.threshold, gated)

@@ -51,6 +51,7 @@ from workbench.probing import (
     tokens_at,
     usable_device,
     with_note,
+    with_progress,
 )
 
 _LAYER = ("layer",)
@@ -142,7 +143,10 @@ class NextTokenLaw(LayerProbe):
         documents = store.tokens["document"].to_numpy()[rows.rows]
         ends = _targets(self, targets, store.manifest.model.vocab)
         folds = document_folds(documents, self.folds, self.seed)
-        parts = [_residuals(self, store, name, rows.rows, ends, folds, (kind, eps)) for name in labels]
+        parts = [
+            _residuals(self, store, name, rows.rows, ends, folds, (kind, eps))
+            for name in with_progress(labels, "next-token law", "layers")
+        ]
         arrays = _arrays({name: np.stack([part[name] for part in parts]) for name in parts[0]}, layers, self.folds)
         arrays |= {"noise": 1 - d_model / (len(targets) - 1), "id_frequency": _id_frequency(targets)}
         number = len(np.unique(documents))

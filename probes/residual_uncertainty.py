@@ -52,6 +52,7 @@ from workbench.probing import (
     usable_device,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _LAYER, _ROW, _DEPTH = ("layer",), ("row",), ("statistic",)
@@ -193,7 +194,7 @@ def _trajectories(
     unembed = load_unembed(store.path, usable_device(device))
     targets = next_tokens(store)[rows]
     surprise, right = np.zeros((len(labels), len(rows)), np.float32), np.zeros(len(rows), np.int8)
-    for block in blocks(len(rows), unembed.vocab):
+    for block in with_progress([*blocks(len(rows), unembed.vocab)], "residual cross-entropy", "blocks"):
         final = unembed(store[labels[-1]][rows[block]].to(unembed.weight.device))
         best = final.argmax(1, keepdim=True)
         for index, name in enumerate(labels):

@@ -63,6 +63,7 @@ from workbench.probing import (
     value_text,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _LAYER, _SCALE, _GROUP = ("layer",), ("layer", "scale"), ("group", "layer")
@@ -157,7 +158,8 @@ class TokenGeometry(LayerProbe):
         rows = self.finite_rows(store, labels, sequences.rows)
         sequences = sequences.without(rows.left_out)
         by_sequence = [
-            _cloud_measures(self, store, labels, part[self.skip :], n) for n, part in enumerate(sequences.rows)
+            _cloud_measures(self, store, labels, part[self.skip :], n)
+            for n, part in enumerate(with_progress([*sequences.rows], "token geometry", "sequences"))
         ]
         values = {
             name: np.stack([measures[name] for measures in by_sequence]) for name in by_sequence[0]

@@ -66,6 +66,7 @@ from workbench.probing import (
     value_text,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _HEAD = ("layer", "head")
@@ -165,7 +166,10 @@ class ValueAwareImportance(LayerProbe):
         sequences = sequences.without(rows.left_out)
         classes = token_classes(store, sequences.rows.ravel())[1].reshape(sequences.rows.shape)
         maps, notes = _maps(self, store, model, source, layers)
-        read = {layer: _read(self, store, source, layer, sequences, classes, maps.get(layer)) for layer in layers}
+        read = {
+            layer: _read(self, store, source, layer, sequences, classes, maps.get(layer))
+            for layer in with_progress(layers, "value-aware importance", "layers")
+        }
         arrays = _summary(self, read, sequences, classes)
         if sequences.short:
             notes.append(f"{sequences.short:,} sequences of fewer than {self.length} tokens left out")

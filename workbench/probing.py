@@ -183,7 +183,7 @@ if TYPE_CHECKING:
     from workbench.figures.token_strip import token_strip
     from workbench.io.checks import check, check_fields, check_kind
     from workbench.io.errors import RequestError, nearest
-    from workbench.io.progress import progress
+    from workbench.io.progress import progress, with_progress
     from workbench.io.torch_state import plain_torch, usable_device
     from workbench.model.attention import Columns, row_entropy
     from workbench.model.attention_records import RedistributeAttention, ScaleAttention

@@ -11,7 +11,7 @@ import pytest
 
 from workbench.io import progress as progress_module
 from workbench.io.log import PROGRESS
-from workbench.io.progress import _Lines, duration, progress
+from workbench.io.progress import _Lines, duration, progress, with_progress
 
 
 @pytest.fixture
@@ -78,6 +78,15 @@ def test_a_line_every_ten_seconds(clock, capsys):
     assert printed.err.splitlines() == [
         "recording: 40 of 100 rows, 4 rows/s, 15 s left",
         "recording: 80 of 100 rows, 4 rows/s, 5 s left",
+    ]
+
+
+def test_items_are_yielded_and_counted(clock, capsys):
+    for number in with_progress(range(4), "reading", "layers"):
+        clock[0] += 5 + number
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 4 layers, 6 s each, 11 s left",
+        "reading: 4 of 4 layers, 6 s each, 0 s left",
     ]
 
 

@@ -6,9 +6,9 @@ import html
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from workbench.io.log import PROGRESS
 
@@ -16,6 +16,8 @@ EVERY = 10.0
 """Seconds between plain lines."""
 
 _REDRAW = 0.2
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -35,6 +37,14 @@ def progress(
             yield bar.update  # pyright: ignore[reportReturnType]  # it returns whether it drew
     else:
         yield _Lines(label, total, unit, initial).advance
+
+
+def with_progress(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
+    """Yields the items, and shows how many are finished."""
+    with progress(label, len(items), unit) as tick:
+        for item in items:
+            yield item
+            tick(1)
 
 
 def _in_notebook() -> bool:
