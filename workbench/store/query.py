@@ -21,7 +21,14 @@ from workbench.store.groups import GROUPS, segment_tables, token_files
 from workbench.store.manifest import SEGMENTS, Manifest
 from workbench.store.new_columns import common_columns, part_columns, store_columns
 from workbench.store.sql_names import SqlNames, quote
-from workbench.store.sql_tree import TABLE, Parameters, allowed_clause, check_placeholders, check_repeatable
+from workbench.store.sql_tree import (
+    TABLE,
+    Parameters,
+    allowed_clause,
+    check_placeholders,
+    check_repeatable,
+    parse_condition,
+)
 from workbench.store.token_table import read_schema, take_tokens
 
 _SQL_TYPES = {
@@ -135,10 +142,11 @@ class _Tokens:
         condition = names.resolve(predicate)
         row = names.quoted("row")
         with duckdb.connect() as connection:
-            clause = allowed_clause(connection, predicate, condition, bool(parameters))
-            check_placeholders(connection, predicate, condition, parameters)
+            tree = parse_condition(connection, condition)
+            clause = allowed_clause(connection, tree, predicate, condition, bool(parameters))
+            check_placeholders(tree, predicate, parameters)
             if self.repeatable:
-                check_repeatable(connection, predicate, condition)
+                check_repeatable(connection, tree, predicate)
             connection.execute("; ".join((f"SET allowed_directories = [{allowed}]", *_SETTINGS)))
             try:
                 tokens = self._relation(connection, names, condition)

@@ -17,11 +17,24 @@ Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
 _REFERENCES = ("BASE_TABLE", "JOIN", "SUBQUERY", "EMPTY", "EXPRESSION_LIST")
 
 
-def allowed_clause(connection: Any, predicate: str, condition: str, parameters: bool) -> str | None:
+def parse_condition(connection: Any, condition: str) -> dict[str, Any]:
+    """Returns the parsed form of a condition, or of its error, with the names of the columns in SQL.
+
+    Args:
+        connection: A connection to DuckDB, which parses.
+        condition: The condition.
+    """
+    return _parsed(connection, f"SELECT 1 WHERE ({condition}\n)")
+
+
+def allowed_clause(
+    connection: Any, tree: dict[str, Any], predicate: str, condition: str, parameters: bool
+) -> str | None:
     """Returns the clause of a SELECT that the condition needs; None where a plain filter serves.
 
     Args:
         connection: A connection to DuckDB, which parses the condition.
+        tree: Its parsed form.
         predicate: The condition as it was given, for errors.
         condition: The condition with the names of the columns in SQL.
         parameters: True if values of placeholders are given.
@@ -29,7 +42,6 @@ def allowed_clause(connection: Any, predicate: str, condition: str, parameters: 
     Raises:
         RequestError: A subquery of anything but the token table.
     """
-    tree = _parsed(connection, f"SELECT 1 WHERE ({condition}\n)")
     nodes = list(_nodes(tree))
     subquery = any(node.get("class") == "SUBQUERY" for node in nodes)
     window = any(node.get("class") == "WINDOW" for node in _nodes(tree, into_subqueries=False))
@@ -48,13 +60,12 @@ def allowed_clause(connection: Any, predicate: str, condition: str, parameters: 
     return f"{'QUALIFY' if window else 'WHERE'} ({condition}\n)"
 
 
-def check_placeholders(connection: Any, predicate: str, condition: str, parameters: Parameters) -> None:
+def check_placeholders(tree: dict[str, Any], predicate: str, parameters: Parameters) -> None:
     """Refuses a condition whose placeholders are others than the given values.
 
     Raises:
         RequestError: A placeholder has no value, or a value no placeholder.
     """
-    tree = _parsed(connection, f"SELECT 1 WHERE ({condition}\n)")
     placeholders = {node["identifier"] for node in _nodes(tree) if node.get("class") == "PARAMETER"}
     names = {*parameters} if isinstance(parameters, Mapping) else {str(n + 1) for n in range(len(parameters))}
     if tree.get("error") or placeholders == names:
@@ -66,7 +77,7 @@ def check_placeholders(connection: Any, predicate: str, condition: str, paramete
     )
 
 
-def check_repeatable(connection: Any, predicate: str, condition: str) -> None:
+def check_repeatable(connection: Any, tree: dict[str, Any], predicate: str) -> None:
     """Refuses a condition that may choose other tokens each time, as a recording and what resumes it must not.
 
     Raises:
@@ -74,7 +85,7 @@ def check_repeatable(connection: Any, predicate: str, condition: str) -> None:
     """
     changing = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
     names = {name for (name,) in connection.execute(changing).fetchall()}
-    for node in _nodes(_parsed(connection, f"SELECT 1 WHERE ({condition}\n)")):
+    for node in _nodes(tree):
         if (name := node.get("function_name")) in names:
             raise RequestError(
                 f"query {predicate!r}: {name}() may choose other tokens each time, and the same request must record "
