@@ -162,7 +162,7 @@ def test_a_cache_has_a_recording_for_each_behaviour(module, tmp_path):
 
 def test_workers_refuse_what_they_cannot_load_again(tmp_path):
     pytest.importorskip("ray", reason="workers need Ray: install the extra [distributed]")
-    from workbench.recording.planning import model_record
+    from workbench.model.stored_model import model_record
 
     model = wb.load_model("demo", device="cpu")
     plain = model_record(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, cast
@@ -38,6 +38,7 @@ TOKEN_SCHEMA = pa.schema(
 `char_end` are offsets into the document's text, null where there is none.
 """
 
+_COMPARED_TOKENS = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -196,6 +197,29 @@ def token_of_text(tokenizer: PreTrainedTokenizerBase, vocab: int, text: str, nam
             "writes none of them; name another token"
         )
     raise RequestError(f"{name}: {text!r} is no single token of this model{nearest(text, known)}")
+
+
+def same_tokens(tokenizer: PreTrainedTokenizerBase, twin: PreTrainedTokenizerBase) -> bool:
+    """Returns True where both have the same special tokens, and the same texts and encodings of a thousand tokens."""
+    special = sorted(tokenizer.all_special_ids)
+    ids = [*special, *range(0, len(tokenizer), max(1, len(tokenizer) // _COMPARED_TOKENS))]
+    texts = token_texts(tokenizer, ids)
+    return (
+        special == sorted(twin.all_special_ids)
+        and texts == token_texts(twin, ids)
+        and _decoded(tokenizer, ids) == _decoded(twin, ids)
+        and _encoded(tokenizer, texts) == _encoded(twin, texts)
+    )
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
+    return list(tokenizer.batch_decode([[token_id] for token_id in ids]))
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    samples = [*("«" + text for text in texts), "".join(texts)]
+    encodings = (tokenizer(samples, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    return [list(ids) for encoded in encodings for ids in encoded]
 
 
 def _encoding(ids: list[int], spans: list[tuple[int, int]]) -> Encoding:

@@ -5,7 +5,7 @@ The file has each table once: the head where it is the unembedding, and the embe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,20 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.corpus.tokenizer import token_texts
+from workbench.corpus.tokenizer import same_tokens
 from workbench.io.checksums import check_files
 from workbench.io.files import sha256_bytes
 from workbench.io.parse import load_json, to_json
 from workbench.io.tensors import VERIFY, open_safetensors
 from workbench.io.torch_state import plain_torch
-from workbench.model.fingerprint import OTHER_TOKENS, SWITCHES, tokenizer_definition, tokenizer_settings
+from workbench.model.fingerprint import (
+    OTHER_TOKENS,
+    SWITCHES,
+    settings_fingerprint,
+    tokenizer_definition,
+    tokenizer_fingerprint,
+    tokenizer_settings,
+)
 from workbench.model.load import Model
 from workbench.model.offload import real_weight
 from workbench.store.manifest import UNEMBED
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
 _WEIGHT, _EMBEDDING, _HEAD = "weight", "embedding", "head"
 _TOKENIZER = "tokenizer.json"
 _VOCABULARY = "vocabulary"
-_TRIED_TOKENS = 1000
 _RESTORED: dict[tuple[type, str, str], bool] = {}
 """True for each class, definition and settings of a tokenizer that give it back: trying takes half a second."""
 
@@ -141,10 +147,10 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]
     settings = tokenizer_settings(tokenizer)
     try:
         definition = tokenizer_definition(tokenizer)
-        key = (type(tokenizer), sha256_bytes(definition.encode()), to_json(settings))
+        key = (type(tokenizer), tokenizer_fingerprint(tokenizer), settings_fingerprint(tokenizer))
         if key not in _RESTORED:
             twin = _tokenizer(definition, settings)
-            _RESTORED[key] = tokenizer_definition(twin) == definition and _equivalent(tokenizer, twin)
+            _RESTORED[key] = tokenizer_definition(twin) == definition and same_tokens(tokenizer, twin)
     except Exception:  # of a class with code of its own, any
         return None
     return (definition, settings) if _RESTORED[key] else None
@@ -161,27 +167,3 @@ def _tokenizer(definition: str, settings: Mapping[str, Any]) -> PreTrainedTokeni
         if not (token or tokens or (name in SWITCHES and isinstance(value, bool))):
             raise ValueError(f"{name} is no setting of a tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(definition), **settings)
-
-
-def _equivalent(tokenizer: PreTrainedTokenizerBase, twin: PreTrainedTokenizerBase) -> bool:
-    """True where both have the same special tokens, and texts and encodings of a thousand tokens."""
-    special = sorted(tokenizer.all_special_ids)
-    step = max(1, len(tokenizer) // _TRIED_TOKENS)
-    ids = [*special, *range(0, len(tokenizer), step)]
-    texts = token_texts(tokenizer, ids)
-    return (
-        special == sorted(twin.all_special_ids)
-        and texts == token_texts(twin, ids)
-        and _decoded(tokenizer, ids) == _decoded(twin, ids)
-        and _encoded(tokenizer, texts) == _encoded(twin, texts)
-    )
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    return list(tokenizer.batch_decode([[id] for id in ids]))
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    samples = [*("«" + text for text in texts), "".join(texts)]
-    encodings = (tokenizer(samples, add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
-    return [list(ids) for encoded in encodings for ids in encoded]

@@ -58,7 +58,8 @@ def record_once(
     Raises:
         RequestError: As `record`, and for texts that are neither a file nor a list.
     """
-    from workbench.recording.planning import model_record, plan_recording  # takes seconds: torch
+    from workbench.model.stored_model import model_record  # takes seconds: torch
+    from workbench.recording.planning import plan_recording
     from workbench.recording.record import record_plan
     from workbench.store.reader import open_store  # takes seconds: DuckDB, pandas and xarray
     from workbench.store.writer import remove_leftovers

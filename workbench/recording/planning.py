@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from workbench.corpus.document import Document
+from workbench.corpus.aligned import aligned_pairs
+from workbench.corpus.chats import render_chats
 from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, segment_plan
-from workbench.corpus.tokenizer import AddedTokens, added_tokens, token_texts
+from workbench.corpus.sources import Texts, read_documents
+from workbench.corpus.tokenizer import AddedTokens, added_tokens
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
-from workbench.model.fingerprint import settings_fingerprint
+from workbench.model.gradients import check_gradients
 from workbench.model.intervene import Intervention
 from workbench.model.load import Model
 from workbench.model.logit_metrics import Metric
-from workbench.model.stored_vocabulary import save_vocabulary, vocabulary_tensors
-from workbench.model.unembed import NoUnembed, measure_unembed, save_unembed
+from workbench.model.stored_model import model_record
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
 from workbench.recording.segment_gradients import check_metric, gradient_record
-from workbench.sites.absent_sites import absent_sites
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
@@ -35,8 +35,6 @@ from workbench.store.staging import PlannedSegment
 from workbench.store.writer import Writer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from workbench.features.while_recording import EncodedSites, RecordedFeatures
 
 _LOG = logging.getLogger(__name__)
@@ -140,41 +138,49 @@ def plan_recording(
             "is_decoder=True"
         )
     context = context_length(settings, model)
-    added = added_tokens(model.tokenizer, settings.bos)
+    check_metric(model, gradient_of, sites)
+    if gradient_of is not None and features is not None:
+        raise RequestError("gradient_of does not go with sae; extract the features from the finished store")
+    changes = plan_changes(model, interventions, sites)
+    if gradient_of is not None:
+        check_gradients(model, sites)
     encoded = None
     if features is not None:
         record_of = partial(_site_record, context=context, dtype=settings.dtype)
         encoded = features.of(model, out, sites, record_of)
-    check_metric(model, gradient_of, sites)
-    if gradient_of is not None and features is not None:
-        raise RequestError("gradient_of does not go with sae; extract the features from the finished store")
+    described = present or model_record(model)
+    added = added_tokens(model.tokenizer, settings.bos)
     records = tuple(
         replace(_site_record(site, context, settings.dtype), synonyms=model.site_map.names_of(site)) for site in sites
     )
     return RecordingPlan(
-        model=present or model_record(model),
+        model=described,
         settings=settings,
         context=context,
         added=added,
         sites=(*records, *(map(gradient_record, records) if gradient_of else ())),
         features=encoded,
-        changes=plan_changes(model, interventions, sites),
+        changes=changes,
         gradient_of=gradient_of,
     )
 
 
-def plan_tokens(
-    plan: RecordingPlan, model: Model, documents: Iterable[Document], folder: Path, show_progress: bool
-) -> Sequences:
-    """Tokenizes the documents into sequences, in files in `folder`.
+def plan_tokens(plan: RecordingPlan, model: Model, texts: Texts, folder: Path, show_progress: bool) -> Sequences:
+    """Reads the texts and tokenizes them into sequences, in files in `folder`.
 
     Raises:
-        RequestError: Token ids that are not the model's, texts without a tokenizer, or no tokens at all.
+        RequestError: Texts that cannot be read, token ids that are not the model's, texts without a tokenizer, or no
+            tokens at all.
     """
+    settings, tokenizer = plan.settings, model.tokenizer
+    documents = read_documents(
+        texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
+    )
+    documents = render_chats(documents, tokenizer, settings.generation_prompt)
+    documents = aligned_pairs(documents, tokenizer, settings.unaligned_pairs)
     with progress("tokenizing", None, "tokens", show=show_progress) as advance:
-        settings = plan.settings
         layout = Layout(plan.context, plan.added, settings.packed, settings.max_rows, model.vocab)
-        sequences = plan_sequences(documents, model.tokenizer, layout, folder, advance)
+        sequences = plan_sequences(documents, tokenizer, layout, folder, advance)
     choose_rows(settings, model, sequences, folder)
     return sequences
 
@@ -200,10 +206,10 @@ def plan_part(
     ends = starts if chosen is None else np.searchsorted(chosen, starts)  # rows before each sequence
     if manifest.complete and not append:  # its segments may have been planned for fewer sites
         cuts = _committed_cuts(manifest)
-    elif chosen is None:
-        cuts = segment_plan(lengths, plan.segment_rows)
-    else:
+    elif chosen is not None:
         cuts = chosen_segments(np.diff(ends), lengths, plan.segment_rows)
+    else:
+        cuts = segment_plan(lengths, plan.segment_rows)
     cuts = [(first, min(last, len(lengths))) for first, last in cuts if first < len(lengths)]
     digests = [digest(sequences.token_ids[starts[first] : starts[last]], lengths[first:last]) for first, last in cuts]
     if chosen is not None:
@@ -296,45 +302,3 @@ def default_segment_rows(sites: Sequence[SiteRecord]) -> int:
 def _site_record(site: Site, context: int, dtype: str) -> SiteRecord:
     shape = tuple(context if length is None else length for length in site.shape)
     return SiteRecord(name=site.name, short=site.short, axes=("row", *site.axes), shape=shape, dtype=dtype)
-
-
-def model_record(model: Model) -> ModelRecord:
-    """Returns what a store records of its model."""
-    sites, identity = model.site_map, model.identity()
-    return ModelRecord(
-        name=model.name,
-        architecture=model.architecture,
-        fingerprint=identity.weights,
-        config_fingerprint=model.config_fingerprint(),
-        tokenizer_fingerprint=model.tokenizer_fingerprint(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        revision=model.revision,
-        n_layers=sites.n_layers,
-        d_model=model.d_model,
-        vocab=model.vocab,
-        adapter=sites.adapter,
-        causal=sites.causal,
-        identity=identity,
-        score_rules=sites.score_rules,
-        absent_sites=absent_sites(sites),
-        tokenizer_settings=None if model.tokenizer is None else settings_fingerprint(model.tokenizer),
-    )
-
-
-def unembed_writer(model: Model) -> Callable[[Path], str | None]:
-    """Returns a function that writes unembedding and vocabulary to a path, or returns why there is no unembedding."""
-
-    def write(path: Path) -> str | None:
-        try:
-            unembed = measure_unembed(model.module, model.site_map.last_block)
-        except NoUnembed as error:
-            save_vocabulary(path, vocabulary_tensors(model, None))
-            return str(error)
-        vocabulary = vocabulary_tensors(model, unembed.weight)
-        if model.tokenizer is not None:
-            unembed = replace(unembed, tokens=tuple(token_texts(model.tokenizer, range(unembed.vocab))))
-        dtype = cast("nn.Linear", model.module.get_output_embeddings()).weight.dtype
-        save_unembed(unembed, path, dtype, vocabulary)
-        return None
-
-    return write

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import torch
 
-from workbench.corpus.aligned import aligned_pairs
-from workbench.corpus.chats import render_chats
-from workbench.corpus.sources import Texts, check_source, read_documents
+from workbench.corpus.sources import Texts, check_source
 from workbench.io.checks import as_path, check
 from workbench.io.errors import RequestError
 from workbench.io.log import PROGRESS
@@ -31,6 +29,7 @@ from workbench.io.versions import library_versions
 from workbench.model.load import Model, load_model
 from workbench.model.location import locate
 from workbench.model.preview import check_config
+from workbench.model.stored_model import unembed_writer
 from workbench.recording.new_sites import new_sites, record_new_sites, stored_settings
 from workbench.recording.overwrite import overwrite_store
 from workbench.recording.planning import (
@@ -40,7 +39,6 @@ from workbench.recording.planning import (
     plan_part,
     plan_recording,
     plan_tokens,
-    unembed_writer,
 )
 from workbench.recording.segment_changes import check_changed
 from workbench.recording.segments import SegmentRecorder, write_part
@@ -229,21 +227,15 @@ def _write_rows(
     show_progress: bool,
 ) -> None:
     """Plans the tokens of the texts and writes the rows that are not in the store yet."""
-    settings = plan.settings
-    documents = read_documents(
-        texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
-    )
-    documents = render_chats(documents, model.tokenizer, settings.generation_prompt)
-    documents = aligned_pairs(documents, model.tokenizer, settings.unaligned_pairs)
+    if append:
+        _check_append(plan, writer)
     with (
         explain_full_disk(writer.path, "the planned tokens", writer.manifest.rows),
         _scratch(writer.path, workers.suffix) as folder,
     ):
-        if append:
-            _check_append(plan, writer)
+        sequences = plan_tokens(plan, model, texts, folder, show_progress)
         if plan.changes and not is_read_only(writer.path):
             plan.changes.arrays.write(writer.path)
-        sequences = plan_tokens(plan, model, documents, folder, show_progress)
         part, segments = plan_part(plan, writer, sequences, folder, append)
         write_part(SegmentRecorder(part, model, plan.encoded_only), segments, writer, workers, show_progress)
 
@@ -272,6 +264,7 @@ def _features(sae: Sae | None, site: str | Sequence[str] | None, dtype: str, for
 
 def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> AbstractContextManager[Writer]:
     """The store of the recording, made or reopened, and held until the block is left."""
+    write_unembed = unembed_writer(model) if plan.settings.unembed else None
     return open_writer(
         out,
         model=plan.model,
@@ -279,7 +272,7 @@ def _opened(plan: RecordingPlan, model: Model, out: Path, workers: Workers) -> A
         recording=plan.settings,
         tokens_added={"prefix": list(plan.added.prefix), "suffix": list(plan.added.suffix)},
         environment=library_versions() | {"device": workers.device_type(model.device.type)},
-        unembed=unembed_writer(model) if plan.settings.unembed else None,
+        unembed=write_unembed,
         unembed_reason=None if plan.settings.unembed else LEFT_OUT,
         features=plan.encoded_only and plan.encoded_only.label,
         interventions=plan.changes and plan.changes.stored,

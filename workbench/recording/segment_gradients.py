@@ -19,7 +19,6 @@ from workbench.analysis.frozen_norm import ids_of_values, single_tokens
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.errors import DataError, RequestError, first_line, nearest, shown
 from workbench.io.parse import read_json
-from workbench.model.gradients import check_gradients
 from workbench.model.load import Model
 from workbench.model.logit_metrics import METRIC_KINDS, Metric, NextTokenLoss
 from workbench.model.token_choice import Tokens
@@ -30,10 +29,10 @@ from workbench.store.manifest import SiteRecord
 
 
 def check_metric(model: Model, metric: Metric | None, sites: Sequence[Site]) -> None:
-    """Refuses a metric that a model cannot give, or sites without gradients.
+    """Refuses a metric that a model cannot give, or for which no site is stored.
 
     Raises:
-        RequestError: A token that is none of the model's, no tokenizer for a text, or as `check_gradients`.
+        RequestError: A token that is none of the model's, or no tokenizer for a text.
     """
     if metric is None:
         return
@@ -41,7 +40,6 @@ def check_metric(model: Model, metric: Metric | None, sites: Sequence[Site]) -> 
         raise RequestError(f"gradient_of must be a metric such as wb.LogitDifference(' a', ' b'), not {shown(metric)}")
     if not sites:
         raise RequestError("gradient_of: no site is stored; name sites, whose gradients are stored beside them")
-    check_gradients(model, sites)
     _Ids(model).of(metric)
 
 
