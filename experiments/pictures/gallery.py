@@ -1,8 +1,8 @@
 """Gallery of the documentation: every figure of saved results, on screen and in print.
 
-`python -m workbench.experiments.pictures.gallery RESULTS...` reads folders of results, such as those that `workbench
-demo` writes for the embedded model and for another one, and writes docs/gallery.md with its pictures. It needs a
-Chrome, which draws about two pictures a second.
+`python -m workbench.experiments.pictures.gallery` runs every probe on the embedded model and on SmolLM2-135M, which
+takes half an hour of one core, and writes docs/gallery.md with its pictures. An interrupted run goes on. Given folders
+of results, it draws these. It needs a Chrome, which draws about two pictures a second.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 
 import workbench as wb
 from workbench.experiments.demo_model.made_of import embedded, made_of
+from workbench.experiments.pictures.gallery_results import make_results
 from workbench.figures.describe import caption
 from workbench.figures.markup import escape
 from workbench.figures.paper import to_paper
@@ -25,6 +26,8 @@ from workbench.pages.figure_export import render
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURES = "gallery.md", Path("images") / "gallery"
 """The page, and the folder of its pictures, both inside of the folder of the documentation."""
+MODELS = ("demo", "models/smollm2-135m")
+FOLDER = Path("build") / "gallery"
 KIND = "webp"
 SCREEN, PRINT = 0.46, 0.88
 """Pixels of a picture per pixel of the figure on screen and in print: small, and what is seen can be read."""
@@ -33,9 +36,8 @@ TEXT = """# Gallery
 
 {made_of}
 Every figure of every probe: on the left as it is on a light screen, on the right in print, one column (3.25 in) wide,
-without the title, which becomes the caption. `python -m workbench.experiments.pictures.gallery RESULTS...` draws this
-page from saved results: those of `workbench demo`, and single runs on few texts, of SmolLM2-135M and of probes that
-the demo leaves out. Pictures are small; `workbench export` writes them as PDF, SVG and HTML.
+without the title, which becomes the caption. `python -m workbench.experiments.pictures.gallery` runs the probes, on few
+texts, and draws this page. Pictures are small; `workbench export` writes them as PDF, SVG and HTML.
 """
 
 
@@ -122,10 +124,13 @@ def _figure(drawing: Drawn, pictures: Mapping[str, bytes]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the gallery of the results that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures.gallery", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="folders of results")
+    parser.add_argument("results", type=Path, nargs="*", help="folders of results; default: run the probes")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="models on which they run")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for what they record and find")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write; default: docs")
     request = parser.parse_args(arguments)
-    print(f"wrote  {gallery(request.results, request.docs)}")
+    results = request.results or [make_results(model, request.folder / Path(model).name) for model in request.models]
+    print(f"wrote  {gallery(results, request.docs)}")
 
 
 if __name__ == "__main__":

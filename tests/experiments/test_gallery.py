@@ -9,6 +9,7 @@ from refusals import refused
 
 import workbench as wb
 from workbench.experiments.pictures import gallery as module
+from workbench.experiments.pictures import gallery_results as results_module
 from workbench.experiments.pictures.gallery import KIND, PAGE, PICTURES, gallery, main
 from workbench.probes import LogitLens
 
@@ -53,3 +54,30 @@ def test_a_page_shows_each_figure_on_screen_and_in_print(result, tmp_path, monke
 
 def test_without_results_it_says_what_to_name(tmp_path):
     assert refused(wb.RequestError, lambda: gallery([tmp_path], tmp_path / "docs")).startswith("no result in ")
+
+
+def test_without_named_results_every_model_runs_once(result, tmp_path, monkeypatch, capsys):
+    lens, runs = wb.load_result(result), []
+
+    def demo(folder, *, model, rows, print_line):
+        runs.append((model, rows))
+        (folder / "results").mkdir(parents=True)
+        (folder / "report.html").touch()
+
+    def refuse():
+        raise wb.RequestError("days are no single tokens")
+
+    monkeypatch.setattr(results_module, "demo", demo)
+    monkeypatch.setattr(wb, "load_model", lambda source: source)
+    monkeypatch.setattr(results_module, "_further", lambda *_: iter([("lens", lambda: lens), ("steering", refuse)]))
+    monkeypatch.setattr(module, "render", lambda figures, formats, scale: {})
+    command = ["--models", "demo", "planted", "--folder", str(tmp_path / "made"), "--docs", str(tmp_path)]
+    main(command)
+    assert runs == [("demo", None), ("planted", 2_000)]
+    out = capsys.readouterr().out
+    assert out.count(f"lens            {lens.headline()}") == 2
+    assert "steering        not run: days are no single tokens" in out
+    assert wb.load_result(tmp_path / "made" / "planted" / "results" / "lens").headline() == lens.headline()
+    main(command)  # what is there is not run again
+    assert len(runs) == 2
+    assert "lens  " not in capsys.readouterr().out
