@@ -49,7 +49,6 @@ from workbench.probing import (
     model_label,
     most_informative,
     points_text,
-    progress,
     recalls,
     second_moments,
     selected_rows,
@@ -57,6 +56,7 @@ from workbench.probing import (
     token_identity,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _LAYER, _SHARE = ("layer",), "share of tokens"
@@ -177,13 +177,11 @@ class LinearProbes(LayerProbe):
         tasks = {"shuffled": permuted, "control": control_task(known.token_id, known.codes[: known.fitted], draw)}
         baselines, token_right = self._baselines(known)
         parts = []
-        with progress("linear probes", len(layers), "layers") as tick:
-            order = np.argsort(known.rows)  # the disk is read in order
-            for site in sites:
-                states = np.empty((len(known.rows), store[site].shape[1]), np.float32)
-                states[order] = store[site][known.rows[order]].float().numpy()
-                parts.append(self._layer(states, known, tasks, token_right))
-                tick(1)
+        order = np.argsort(known.rows)  # the disk is read in order
+        for site in with_progress(sites, "linear probes", "layers"):
+            states = np.empty((len(known.rows), store[site].shape[1]), np.float32)
+            states[order] = store[site][known.rows[order]].float().numpy()
+            parts.append(self._layer(states, known, tasks, token_right))
         arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]} | baselines
         data = dataset(self.variables, arrays, self._coords(layers, known, arrays))
         data.attrs |= {"label": known.label, "shuffled": shuffled}

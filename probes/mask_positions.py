@@ -46,7 +46,6 @@ from workbench.probing import (
     non_relative,
     non_relative_share,
     plain_torch,
-    progress,
     recorded_rules,
     require_causal,
     select_sequences,
@@ -54,6 +53,7 @@ from workbench.probing import (
     slope_of_keys,
     stack_heads,
     with_note,
+    with_progress,
 )
 
 _LAYER, _HEAD = ("layer",), ("layer", "head")
@@ -133,15 +133,13 @@ class MaskPositions(LayerProbe):
         simulated = simulated_scores(self.length, _SIMULATED)
         below = np.tril(np.ones((self.length, self.length), bool), -1)
         heads, by_layer = {}, {}
-        with progress("mask positions", len(layers), "layers") as tick:
-            for layer, rule in rules.items():
-                place = np.arange(self.length)
-                visible = below & rule.visible(place[:, None], place)
-                scores, received = _mean_scores(store, rule, sequences, half)
-                heads[layer], by_layer[layer] = _measures(
-                    scores, received, half, visible, simulated[1], self.sink_threshold
-                )
-                tick(1)
+        for layer, rule in with_progress(list(rules.items()), "mask positions", "layers"):
+            place = np.arange(self.length)
+            visible = below & rule.visible(place[:, None], place)
+            scores, received = _mean_scores(store, rule, sequences, half)
+            heads[layer], by_layer[layer] = _measures(
+                scores, received, half, visible, simulated[1], self.sink_threshold
+            )
         arrays: dict[str, Any] = stack_heads(
             layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]
         )

@@ -45,7 +45,6 @@ from workbench.probing import (
     label,
     marginal_excess,
     plain_torch,
-    progress,
     recorded_rules,
     require_causal,
     stack_heads,
@@ -53,6 +52,7 @@ from workbench.probing import (
     whole_sequences,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _HEAD, _TOKEN = ("layer", "head"), ("token",)
@@ -133,10 +133,8 @@ class RelativeContextualization(LayerProbe):
         rows = self.finite_rows(store, sites, np.concatenate([part.rows for part in texts]))
         texts = [part for part in texts if not np.isin(part.rows, rows.left_out).any()]
         heads, tokens = {}, {}
-        with progress("relative contextualization", len(rules), "layers") as tick:
-            for layer, rule in rules.items():
-                heads[layer], tokens[layer] = _read(self, store, rule, texts)
-                tick(1)
+        for layer, rule in with_progress(list(rules.items()), "relative contextualization", "layers"):
+            heads[layer], tokens[layer] = _read(self, store, rule, texts)
         layers = list(rules)
         arrays: dict[str, Any] = stack_heads(
             layers, heads, [variable.name for variable in _VARIABLES if variable.dims == _HEAD]

@@ -35,9 +35,9 @@ from workbench.probing import (
     dataset,
     fit_classes,
     plain_torch,
-    progress,
     read_vocabulary,
     with_note,
+    with_progress,
 )
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
@@ -150,26 +150,24 @@ class TokenCharacters(WeightsProbe):
         names = ("f1", "f1_control", "f1_matched")
         values = {name: np.full((len(_PROBES), len(LETTERS)), np.nan) for name in names}
         tested, partner = np.zeros(len(LETTERS), int), items.partners(self.seed)
-        with progress("letters", len(LETTERS), "letters") as tick:
-            for place, letter in enumerate(LETTERS):
-                label = items.has(letter)
-                for name, source, chosen in (
-                    ("f1", "embedding", label),
-                    ("f1_control", "random", label),
-                    ("f1_matched", "embedding", label[partner]),
-                ):
-                    side = np.where(partner < 0, 0, 1) if name == "f1_matched" else np.ones(len(label), int)
-                    present = np.flatnonzero(side)
-                    drawn = balanced(chosen[present], items.test[present], self.row_limit, _LEAST, self.seed + place)
-                    if drawn is None:
-                        continue
-                    order, training = present[drawn[0]], drawn[1]
-                    x, y = vectors[source][order], chosen[order]
-                    values[name][0, place] = linear_f1(x, y, training, self.penalty)
-                    values[name][1, place] = mlp_f1(x, y, training, self.epochs, self.seed)
-                    if name == "f1":
-                        tested[place] = len(order) - training
-                tick(1)
+        for place, letter in with_progress(list(enumerate(LETTERS)), "letters", "letters"):
+            label = items.has(letter)
+            for name, source, chosen in (
+                ("f1", "embedding", label),
+                ("f1_control", "random", label),
+                ("f1_matched", "embedding", label[partner]),
+            ):
+                side = np.where(partner < 0, 0, 1) if name == "f1_matched" else np.ones(len(label), int)
+                present = np.flatnonzero(side)
+                drawn = balanced(chosen[present], items.test[present], self.row_limit, _LEAST, self.seed + place)
+                if drawn is None:
+                    continue
+                order, training = present[drawn[0]], drawn[1]
+                x, y = vectors[source][order], chosen[order]
+                values[name][0, place] = linear_f1(x, y, training, self.penalty)
+                values[name][1, place] = mlp_f1(x, y, training, self.epochs, self.seed)
+                if name == "f1":
+                    tested[place] = len(order) - training
         return {**values, "selectivity": values["f1"] - values["f1_matched"], "tested": tested}
 
     def _sample(self, items: LetterTokens) -> tuple[np.ndarray, int]:

@@ -61,6 +61,7 @@ from workbench.probing import (
     value_text,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _LAYER, _TOKEN, _CLASS = ("layer",), ("layer", "row"), ("class",)
@@ -256,21 +257,19 @@ def _layers(
     }
     parts = [torch.from_numpy(np.flatnonzero(folds == fold)).to(device) for fold in np.unique(folds)]
     before: _Layer | None = None
-    with progress("token microscope", len(labels), "layers") as tick:
-        for layer, name in enumerate(labels):
-            states = store[name][rows]
-            after = _Layer(_normalised(states.to(device), name), parts)
-            cloud = states[torch.from_numpy(drawn)].double()
-            points = cloud[torch.from_numpy(distinct(cloud))]
-            if len(points) >= _FEW:
-                arrays["intrinsic_dimension"][layer] = two_nn_first_fifth(nearest_neighbours(points, 2).distance)
-            spectrum = torch.linalg.eigvalsh(after.gram)
-            arrays["anisotropy"][layer] = float(spectrum[-1] / spectrum.sum())
-            if before is not None:
-                for measure, value in _step(before, after, order).items():
-                    arrays[measure][layer - 1] = value
-            before = after
-            tick(1)
+    for layer, name in with_progress(list(enumerate(labels)), "token microscope", "layers"):
+        states = store[name][rows]
+        after = _Layer(_normalised(states.to(device), name), parts)
+        cloud = states[torch.from_numpy(drawn)].double()
+        points = cloud[torch.from_numpy(distinct(cloud))]
+        if len(points) >= _FEW:
+            arrays["intrinsic_dimension"][layer] = two_nn_first_fifth(nearest_neighbours(points, 2).distance)
+        spectrum = torch.linalg.eigvalsh(after.gram)
+        arrays["anisotropy"][layer] = float(spectrum[-1] / spectrum.sum())
+        if before is not None:
+            for measure, value in _step(before, after, order).items():
+                arrays[measure][layer - 1] = value
+        before = after
     return arrays
 
 

@@ -135,8 +135,8 @@ OFFERED = "embed, v, resid_post, final_norm, logits"
             "site '~~~' is unknown; short names: " + ", ".join(SHORT_NAMES),
         ),
         ("v.5.", "site 'v.5.' is unknown; nearest: v"),
-        ("z", f"site 'z' does not exist in the MadeUpAdapter; this model has {OFFERED}"),
-        ("z.3", f"site 'z.3' does not exist in the MadeUpAdapter; this model has {OFFERED}"),
+        ("z", f"site 'z' does not exist in the MadeUpAdapter of TransformerLens; this model has {OFFERED}"),
+        ("z.3", f"site 'z.3' does not exist in the MadeUpAdapter of TransformerLens; this model has {OFFERED}"),
         ("q", f"site 'q' cannot be recorded here: queries are fused; this model has {OFFERED}"),
         ("q.4", f"site 'q.4' cannot be recorded here: queries are fused; this model has {OFFERED}"),
         (

@@ -225,7 +225,7 @@ class SiteMap:
     @property
     def source(self) -> str:
         """What the names of the sites came from, in words."""
-        return f"the {self.adapter}" if self.adapter else "a model without TransformerLens adapter"
+        return f"the {self.adapter} of TransformerLens" if self.adapter else "a model without TransformerLens adapter"
 
     def reason(self, name: str) -> str | None:
         """Returns the reason why the site of a full name is missing, that of its source if it is derived; None: none is
