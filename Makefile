@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest torture lint style types format models bench docs notebooks site demo-model constraints clean
+.PHONY: help demo test test-oldest torture lint style types format models bench docs gallery notebooks site demo-model constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ docs: $(INSTALLED) ## write the generated pages and pictures under docs/: about 
 	$(BIN)/python -m workbench.experiments.architectures
 	$(BIN)/python -m workbench.experiments.findings
 	$(BIN)/python -m workbench.experiments.pictures
+
+gallery: $(INSTALLED) $(MODELS) ## draw docs/gallery.md: every probe on two models, half an hour on one core
+	$(BIN)/python -m workbench.experiments.pictures.gallery
 
 notebooks: $(INSTALLED) ## run the notebooks and keep their outputs in them [NOTEBOOKS=notebooks/steering.ipynb]
 	$(BIN)/python -m workbench.experiments.pictures.notebooks $(NOTEBOOKS)
