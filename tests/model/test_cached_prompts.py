@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -39,7 +41,23 @@ def test_a_recurrent_state_is_no_cache_of_keys():
     from transformers import MambaConfig, MambaForCausalLM
 
     module = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
-    assert CachedPrompts.make(Model(module, None, "mamba"), IDS) is None
+    model = Model(module, None, "mamba")
+    assert CachedPrompts.make(model, IDS) is None
+    assert not model.continues_from_cache
+
+
+def test_a_model_whose_cache_gives_other_logits_does_not_continue_from_it(tiny_model, monkeypatch):
+    assert Model(tiny_model, None, "tiny").continues_from_cache
+    forget = tiny_model.forward
+
+    def forward(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            past_key_values.layers[0].values.mul_(1.01)
+        return forget(*args, past_key_values=past_key_values, **kwargs)
+
+    forward.__signature__ = inspect.signature(forget)
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    assert not Model(tiny_model, None, "tiny").continues_from_cache
 
 
 def test_a_prompt_of_one_token_has_nothing_to_keep(tiny_models):

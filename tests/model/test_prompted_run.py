@@ -10,7 +10,7 @@ from workbench.io.errors import RequestError
 from workbench.model.embedding_records import token_embeddings
 from workbench.model.intervene import intervene
 from workbench.model.load import Model
-from workbench.model.prompted_run import run_prompted
+from workbench.model.prompted_run import continue_prompted, run_prompted
 from workbench.model.row_changes import RowFunction
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers", "gemma2": "model.layers"}
@@ -32,7 +32,7 @@ def states(rows: int = 3) -> torch.Tensor:
     return torch.randn(rows, 32, generator=torch.Generator().manual_seed(0))
 
 
-def by_hand(model: Model, family: str, layer: int, states: torch.Tensor) -> torch.Tensor:
+def by_hand(model: Model, family: str, layer: int, states: torch.Tensor, fed: torch.Tensor = FED) -> torch.Tensor:
     """The prompt and what is fed run as ids, one row at a time, the block's output replaced by a hook of torch."""
     block = model.module.get_submodule(f"{BLOCKS[family]}.{layer}")
     logits = []
@@ -45,7 +45,7 @@ def by_hand(model: Model, family: str, layer: int, states: torch.Tensor) -> torc
 
         handle = block.register_forward_hook(replace)
         with torch.no_grad():
-            ids = torch.cat([PROMPT, FED[row]])[None]
+            ids = torch.cat([PROMPT, fed[row]])[None]
             logits.append(model.module(input_ids=ids).logits[0, len(PROMPT) - 1 :])
         handle.remove()
     return torch.stack(logits)
@@ -57,6 +57,37 @@ def test_a_prompted_run_is_the_hooked_run(model, family, layer):
     logits = run_prompted(model, site, token_embeddings(model, PROMPT), states(), FED)
     assert logits.shape == (3, 3, 320)
     torch.testing.assert_close(logits, by_hand(model, family, layer, states()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(params=[True, False], ids=["behind kept keys", "whole passes"])
+def kept(request, model):
+    vars(model)["continues_from_cache"] = request.param  # as if it had been measured
+    return request.param
+
+
+def test_earlier_tokens_of_the_prompt_run_once(model, family, kept):
+    (site,) = model.site_map.select(["resid_post.0"])
+    runs = []
+    handle = model.module.get_input_embeddings().register_forward_hook(
+        lambda _module, args, _output: runs.append(tuple(args[0].shape))
+    )
+    logits = run_prompted(model, site, token_embeddings(model, PROMPT), states(), FED)
+    handle.remove()
+    assert [shape for shape in runs if len(shape) == 2] == ([(1, 3), (3, 3)] if kept else [(3, 6)])
+    torch.testing.assert_close(logits, by_hand(model, family, 0, states()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_its_own_top_tokens_follow_in_free_running(model, family, kept, length, monkeypatch):
+    monkeypatch.setitem(globals(), "PROMPT", PROMPT[:length])
+    (site,) = model.site_map.select(["resid_post.1"])
+    top = continue_prompted(model, site, token_embeddings(model, PROMPT), states(), 5, 4)
+    assert top.shape == (3, 4, 5)
+    fed = torch.zeros(3, 0, dtype=torch.long)
+    for step in range(4):
+        answers = by_hand(model, family, 1, states(), fed)[:, -1].topk(5).indices
+        torch.testing.assert_close(top[:, step], answers)
+        fed = torch.cat([fed, answers[:, :1]], 1)
 
 
 def test_its_own_state_put_back_changes_nothing(model):

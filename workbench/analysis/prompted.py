@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.model.load import Model
-from workbench.model.prompted_run import run_prompted
+from workbench.model.prompted_run import continue_prompted, run_prompted
 from workbench.sites.grammar import Site
 
 
@@ -29,8 +28,4 @@ class Prompted:
 
     def free_running(self, states: Float[Tensor, "row d_model"], horizons: int, k: int) -> Int[Tensor, "row horizon k"]:
         """Returns the top k tokens after the prompt and after each of the model's own top tokens."""
-        predictions = torch.zeros(len(states), 0, k, dtype=torch.long)
-        for _ in range(horizons):
-            latest = self.teacher_forced(states, predictions[..., 0], k)[:, -1:]
-            predictions = torch.cat([predictions, latest], dim=1)
-        return predictions
+        return continue_prompted(self.model, self.site, self.prompt, states, k, horizons)

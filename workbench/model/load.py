@@ -82,6 +82,13 @@ class Model:
 
         return generates_in_batches(self.module)
 
+    @cached_property
+    def continues_from_cache(self) -> bool:
+        """True if tokens behind kept keys and values get the logits of a whole pass. Costs a few short passes."""
+        from workbench.model.cached_prompts import continues_from_cache
+
+        return continues_from_cache(self)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of the forward pass; short names where there are any."""
