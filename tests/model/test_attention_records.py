@@ -149,6 +149,15 @@ def test_a_neutral_record_takes_no_other_path_and_counts(model):
     assert run.table()["rows"].tolist() == [21, 21]
 
 
+def test_the_table_does_not_call_attention_unchanged_that_it_did_not_compare(model):
+    records = wb.ScaleAttention(1, 1, 0, 0), wb.Zero("z.0", head=0)
+    with wb.intervene(model, *records) as run:
+        logits(model.module, IDS, attention_mask=MASK)
+    table = run.table()
+    assert table["changed"].isna().tolist() == table["relative_change"].isna().tolist() == [True, False]
+    assert table.loc[1, "changed"] == table.loc[1, "rows"]
+
+
 def weights_of(model, ids=IDS, layer=1):
     calls, part = [], model.module.get_submodule(attention_call(model, layer))
     with tap_attention(attention_name(model.module), {part: calls.append}):

@@ -57,6 +57,12 @@ def test_blocks_of_any_architecture_are_skipped_and_exchanged(kind):
     assert_same_logits(model, wb.SwapBlocks(0, 2), weights_exchanged(model.module, model.site_map.blocks, 0, 2))
 
 
+def test_the_table_does_not_call_exchanged_blocks_unchanged(llama):
+    with wb.intervene(llama, wb.SwapBlocks(0, 2)) as run:
+        logits(llama)
+    assert run.table()[["changed", "relative_change"]].isna().all(axis=None)
+
+
 def test_after_an_exchange_layers_are_places(llama):
     value = torch.randn(32)
     with wb.intervene(llama, wb.Set("resid_post.0", value, at="all"), wb.SwapBlocks(0, 1)):

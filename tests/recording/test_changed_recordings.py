@@ -213,6 +213,16 @@ def test_a_comparison_and_provenance_name_the_changes(model, plain, tmp_path):
         check_recorded(changed, model)
 
 
+def test_attention_that_is_changed_counts_queries_in_each_segment_and_calls_no_row_unchanged(model, tmp_path):
+    records = wb.ScaleAttention(1, 0, 0, 0), wb.Zero("z.0", head=0)
+    options = {"sites": ["resid_post"], "interventions": records, "segment_rows": 4, "show_progress": False}
+    store = wb.record(model, [[5, 6, 7], [8, 9, 10, 11]], out=tmp_path / "x", **options)
+    assert len(store.manifest.segments) == 2
+    attention, head = wb.open_store(store.path).manifest.interventions.ran
+    assert (attention.rows, attention.changed, attention.relative_change) == (7, None, None)
+    assert (head.rows, head.changed) == (7, 7)
+
+
 def test_a_manifest_without_changes_is_read_as_a_plain_run(plain, tmp_path):
     shutil.copytree(plain.path, tmp_path / "copy")
     write_manifest(tmp_path / "copy", read_manifest(tmp_path / "copy"))

@@ -21,6 +21,8 @@ class Count:
     """Distinct tokens chosen; for attention, queries."""
     exempt: int = 0
     """Chosen tokens that were left as they are, because the change is not defined there."""
+    _compared: int = 0
+    """Rows that were compared before and after; of attention and of exchanged blocks there are none."""
     _changed: int = 0
     _relative: float = 0.0
     _nonfinite: float = 0.0
@@ -30,6 +32,7 @@ class Count:
     def add(self, old: Float[Tensor, "row ..."], new: Float[Tensor, "row ..."]) -> None:
         """Counts rows before and after a change."""
         self.rows += len(old)
+        self._compared += len(old)
         if not len(old):
             return
         old, new = old.detach().flatten(1), new.detach().flatten(1)
@@ -49,16 +52,16 @@ class Count:
         self._sums.clear()
 
     @property
-    def changed(self) -> int:
-        """Chosen tokens whose values differ afterwards."""
+    def changed(self) -> int | None:
+        """Chosen tokens whose values differ afterwards; None where these are not compared, as in attention."""
         self._fold()
-        return self._changed
+        return self._changed if self._compared == self.rows else None
 
     @property
     def relative_change(self) -> float:
-        """Mean of ‖x' - x‖ / ‖x‖ over the chosen tokens; NaN without any."""
+        """Mean of ‖x' - x‖ / ‖x‖ over the chosen tokens; NaN without any, or where these are not compared."""
         self._fold()
-        return self._relative / self.rows if self.rows else float("nan")
+        return self._relative / self.rows if self.rows and self._compared == self.rows else float("nan")
 
     @property
     def finite(self) -> bool:

@@ -227,11 +227,12 @@ class Intervened:
 
         Columns record; site; passes, forward passes that reached it; rows, distinct tokens chosen; changed, those whose
         values differ afterwards; exempt, chosen tokens at which the change is not defined, left as they are;
-        relative_change, mean of ‖x' - x‖ / ‖x‖ over the chosen tokens, NaN without any.
+        relative_change, mean of ‖x' - x‖ / ‖x‖ over the chosen tokens, NaN without any. Records that change attention,
+        and exchanged blocks, have no rows that could be compared: changed and relative_change are missing there.
         """
         import pandas as pd  # a second
 
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [
                 {
                     "record": str(bound_record.record),
@@ -245,6 +246,7 @@ class Intervened:
                 for bound_record in self._bound
             ]
         )
+        return table.astype({"changed": "Int64"})  # with missing values
 
 
 def intervene(model: Model, *records: Intervention, override: bool = False) -> Intervened:

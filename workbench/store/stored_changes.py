@@ -28,12 +28,12 @@ class Ran:
     """Forward passes that reached it."""
     rows: int
     """Tokens that it chose; for attention, queries."""
-    changed: int
-    """Chosen tokens whose values differ afterwards."""
+    changed: int | None
+    """Chosen tokens whose values differ afterwards; None where these are not compared, as in attention."""
     exempt: int
     """Chosen tokens at which the change is not defined, left as they are."""
     relative_change: float | None
-    """Mean of ‖x' - x‖ / ‖x‖ over the chosen tokens; None without any, or where no row of a site is changed."""
+    """Mean of ‖x' - x‖ / ‖x‖ over the chosen tokens; None without any, or where these are not compared."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ def _sum(counts: Iterable[Ran]) -> Ran:
     known = [count for count in counts if count.relative_change is not None and count.rows]
     rows = sum(count.rows for count in known)
     relative = sum((count.relative_change or 0.0) * count.rows for count in known) / rows if rows else None
-    totals = {name: sum(getattr(count, name) for count in counts) for name in ("passes", "rows", "changed", "exempt")}
-    return Ran(**totals, relative_change=relative)
+    compared = [count.changed for count in counts]
+    changed = None if None in compared else sum(number or 0 for number in compared)
+    totals = {name: sum(getattr(count, name) for count in counts) for name in ("passes", "rows", "exempt")}
+    return Ran(**totals, changed=changed, relative_change=relative)
 
 
 @dataclass
