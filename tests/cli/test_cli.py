@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import ENVIRONMENT, MAIN, process, run
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -220,6 +221,45 @@ def test_append(stories260k, tmp_path):
     code, stdout, _ = run("record", stories260k, "The end of it", "--out", out, "--append")
     assert code == 0
     assert "2 documents, 2 sequences, 2 parts" in stdout
+
+
+def test_sites_are_added_from_the_tokens_of_the_store(stories260k, tmp_path):
+    store = tmp_path / "acts"
+    for text, more in (("Once upon a time", ()), ("a big dog", ("--append",))):
+        assert (
+            run("record", stories260k, text, "--sites", "resid_post.1", "--dtype", "float32", "--out", store, *more)[0]
+            == 0
+        )
+    code, out, err = run("add", store, "--sites", "z.0", "ln1.1", "--model", stories260k)
+    assert (code, err) == (0, "")
+    assert "sites    3: " in out
+    grown = wb.open_store(store)
+    assert [site.short for site in grown.manifest.sites] == ["z.0", "ln1.1", "resid_post.1"]
+    assert {site.dtype for site in grown.manifest.sites} == {"float32"}
+    both = wb.record(
+        stories260k, ["Once upon a time", "a big dog"], sites="z.0", dtype="float32", out=tmp_path / "both"
+    )
+    torch.testing.assert_close(grown["z.0"][:], both["z.0"][:], atol=1e-5, rtol=1e-5)
+    assert run("add", store, "--sites", "z.0")[2].startswith("workbench: --model is not given, and 'stories260K'")
+    assert "is no store" in run("add", tmp_path / "none", "--sites", "z")[2]
+
+
+def test_no_site_is_added_to_chosen_rows_or_to_a_changed_model(stories260k, tmp_path):
+    changes = tmp_path / "changes.json"
+    changes.write_text('{"records": [{"kind": "zero", "site": "z.0"}]}')
+    cases = {
+        "holds chosen rows alone": ("--keep", "last"),
+        "was recorded with interventions": ("--interventions", changes),
+    }
+    for number, (reason, options) in enumerate(cases.items()):
+        store = tmp_path / f"{number}.acts"
+        assert run("record", stories260k, "Once upon a time", "--sites", "resid_post", "--out", store, *options)[0] == 0
+        assert run("add", store, "--sites", "z", "--model", stories260k)[2] == (
+            f"workbench: {store} {reason}, so no site can be added to it; record it anew with all sites that are "
+            "needed, into another out\n"
+        )
+        with pytest.raises(wb.RequestError, match=f"which {reason}, so that no site can be added; .*record it anew"):
+            wb.open_store(store)["z.1"]
 
 
 def test_another_tokenizer_and_dtype(stories260k, tiny_tokenizer, tmp_path):

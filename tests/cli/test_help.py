@@ -18,7 +18,7 @@ from workbench.cli.verbs import VERBS as TABLE
 from workbench.results.registry import installed_experiments, installed_probes
 
 VERBS = [
-    *("demo", "record", "generate", "plan", "info", "verify", "rm", "pack", "merge", "query"),
+    *("demo", "record", "add", "generate", "plan", "info", "verify", "rm", "pack", "merge", "query"),
     *("features", "metrics", "labels", "top", "index", "serve", "coactive"),
     *("contributions", "effect", "match", "patchscope", "sparse-probe"),
     *("probes", "report", "atlas", "export", "compare", "completion", "probe", "attribute", "steer", "patch", "sweep"),

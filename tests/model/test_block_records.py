@@ -59,7 +59,7 @@ def test_blocks_of_any_architecture_are_skipped_and_exchanged(kind):
 
 def test_the_table_does_not_call_exchanged_blocks_unchanged(llama):
     with wb.intervene(llama, wb.SwapBlocks(0, 2)) as run:
-        logits(llama)
+        logits(llama.module, IDS)
     assert run.table()[["changed", "relative_change"]].isna().all(axis=None)
 
 

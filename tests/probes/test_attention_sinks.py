@@ -273,14 +273,14 @@ def test_the_source_with_more_layers_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "lengths", "settings", "text"),
     [
-        (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to record "
-         "it: workbench record demo TEXT --sites attn_received.0 --out ANOTHER_STORE"),
+        (["resid_norm"], [8], {}, "attn_received.0 is not recorded in {path}; recorded are 1: resid_norm.0; to add it: "
+         "workbench add {path} --sites attn_received.0"),
         (["attn_received"], [8, 5], {}, "length 64: no sequence has as many tokens, the longest of 2 has 8; give "
          "length 8, or record longer texts"),
         (["attn_received"], [8, 5], {"length": 5}, "length 5: attn_received was summed over whole sequences, of up to "
          "8 tokens; give length 8, or record with context=5, or record pattern"),
         (["attn_received"], [8], {"length": 8, "domain": "source"}, "attn_first.0 is not recorded in {path}; recorded "
-         "are 1: attn_received.0; to record it: workbench record demo TEXT --sites attn_first.0 --out ANOTHER_STORE"),
+         "are 1: attn_received.0; to add it: workbench add {path} --sites attn_first.0"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "source", "sink": 2}, "sink 2: attn_first has "
          "the attention to position 0 only; for domains record pattern"),
         (["attn_received", "attn_first"], [8], {"length": 8, "domain": "sauce"}, "domain 'sauce' is not a column of "

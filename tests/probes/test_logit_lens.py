@@ -382,16 +382,16 @@ def test_words_are_single_tokens(llama_store):
 def test_a_site_that_is_not_recorded(llama_store):
     assert refusal(lambda: LogitLens(site="attn_out").run(llama_store)) == (
         f"attn_out.0 is not recorded in {llama_store.path}; recorded are 6: resid_mid.0, resid_post.0, resid_mid.1, "
-        "resid_post.1, resid_mid.2, resid_post.2; to record it: "
-        "workbench record tiny-llama TEXT --sites attn_out.0 --out ANOTHER_STORE"
+        "resid_post.1, resid_mid.2, resid_post.2; to add it: "
+        f"workbench add {llama_store.path} --sites attn_out.0"
     )
 
 
 def test_the_last_block_is_not_recorded(tiny_models, tmp_path):
     store = record(Model(tiny_models["llama"], None, "tiny"), [[5, 6]], tmp_path / "acts", ("resid_post.0:2",))
     assert refusal(lambda: LogitLens().run(store)) == (
-        f"resid_post.2 is not recorded in {store.path}; recorded are 2: resid_post.0, resid_post.1; to record it: "
-        "workbench record tiny TEXT --sites resid_post.2 --out ANOTHER_STORE"
+        f"resid_post.2 is not recorded in {store.path}; recorded are 2: resid_post.0, resid_post.1; to add it: "
+        f"workbench add {store.path} --sites resid_post.2"
     )
 
 

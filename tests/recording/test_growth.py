@@ -52,7 +52,9 @@ def test_appended_stores_grow_from_their_own_tokens_in_a_type_of_their_own(model
     path = tmp_path / "s"
     recorded(model, path, sites=FEW)
     recorded(model, path, MORE, sites=FEW, append=True)
-    assert "texts=None to add sites" in refused(RequestError, lambda: recorded(model, path, sites=ALL))
+    assert "sites are added with texts=None, in a shell by workbench add" in refused(
+        RequestError, lambda: recorded(model, path, sites=ALL)
+    )
     fingerprint = read_manifest(path).fingerprint
     store = record(model, None, out=path, sites="resid_mid", dtype="float16", show_progress=False)
     assert store["resid_mid", 0].dtype == torch.float16

@@ -52,9 +52,9 @@ def test_advice_names_a_site_of_the_model_or_why_there_is_none(tmp_path):
         return refused(RequestError, lambda: attention_source(store))
 
     linear = AbsentSites(("pattern", "attn_received"), (0,), "it is linear attention")
-    command = "; to record it: workbench record demo TEXT --sites {} --out ANOTHER_STORE"
-    assert refusal("some", linear).endswith(command.format("attn_received.1"))
+    command = "; to add it: workbench add {} --sites {}"
+    assert refusal("some", linear).endswith(command.format(tmp_path / "some", "attn_received.1"))
     later = AbsentSites(("attn_received",), None, "earlier tokens attend to later ones")
-    assert refusal("other", later).endswith(command.format("pattern.0"))
+    assert refusal("other", later).endswith(command.format(tmp_path / "other", "pattern.0"))
     reason = "and demo does not offer it: it is linear attention; recorded are none"
     assert refusal("none", replace(linear, layers=None)).endswith(f", {reason}")

@@ -203,8 +203,8 @@ def test_a_site_has_three_names(store):
 @pytest.mark.parametrize(
     ("site", "tail"),
     [
-        (("mlp_out", 1), "; to record it: workbench record demo TEXT --sites mlp_out.1 --out ANOTHER_STORE"),
-        ("embed", "; to record it: workbench record demo TEXT --sites embed --out ANOTHER_STORE"),
+        (("mlp_out", 1), "; to add it: workbench add {} --sites mlp_out.1"),
+        ("embed", "; to add it: workbench add {} --sites embed"),
         ("resid_pst.1", "; nearest: resid_post.1, resid_post.0, blocks.1.hook_resid_post"),
         ("xyz", ""),
     ],
@@ -212,7 +212,9 @@ def test_a_site_has_three_names(store):
 def test_a_site_that_was_not_recorded_is_refused_with_the_command_that_records_it(store, site, tail):
     label = site if isinstance(site, str) else ".".join(map(str, site))
     recorded = "recorded are 3: resid_post.0, resid_post.1, pattern.1"
-    assert refused(RequestError, lambda: store[site]) == f"{label} is not recorded in {store.path}; {recorded}{tail}"
+    assert refused(RequestError, lambda: store[site]) == (
+        f"{label} is not recorded in {store.path}; {recorded}{tail.format(store.path)}"
+    )
 
 
 def test_a_long_list_of_sites_is_shortened(tmp_path):

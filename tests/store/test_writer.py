@@ -314,7 +314,7 @@ def test_other_texts_are_refused(tmp_path):
     write_store(path, [[2]], append=True)
     with writing(path) as store:
         message = refused(RequestError, lambda: store.begin(part_of(SEGMENTS), append=False))
-    hint = "pass append=True to add texts, or texts=None to add sites"
+    hint = "pass append=True to add texts; sites are added with texts=None, in a shell by workbench add"
     assert message == f"{path} was appended to and holds 2 parts; {hint}"
 
 

@@ -14,7 +14,7 @@ from workbench.cli.terminal import print_plain
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable, check_writable_file
 from workbench.io.tasks import dtype_for
-from workbench.sites.settings import Recording
+from workbench.sites.settings import Recording, recording
 
 if TYPE_CHECKING:
     from workbench.sae.autoencoder import Sae
@@ -173,6 +173,41 @@ class Record:
         from workbench.sae.load import load_sae  # seconds: torch, SAELens
 
         return load_sae(self.sae, self.sae_id, device=None if device == "auto" else device)
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add sites to a store: its model runs again over the tokens that it has."""
+
+    after_interrupt = "; finished segments are kept, and the same command resumes"
+
+    store: Positional[Path]
+    """Store to add to; until the end readers find it as it was."""
+    sites: tuple[str, ...]
+    """Sites to add, such as z or attn_out.0:8."""
+    model: str | None = None
+    """Model of the store: a directory or a hub id. Default: the name that the store has."""
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Stored type of the new sites. Default: that of the store's recording."""
+    parallel: Parallel = field(default_factory=Parallel)
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; auto distributes the model over all devices. Default: the GPU if there is one."""
+
+    def run(self) -> int:
+        """Adds the sites, and describes the store."""
+        from workbench.model.reload import recorded_model  # seconds: torch
+        from workbench.recording.new_sites import stored_settings
+        from workbench.recording.record import record
+        from workbench.store.reader import open_store
+
+        store = open_store(self.store)
+        settings = recording(stored_settings(self.store), sites=self.sites)
+        settings = settings if self.dtype is None else recording(settings, dtype=self.dtype)
+        workers = self.parallel.to_workers(self.device)
+        device = (None if workers is None else workers.planning_device) or self.device
+        model = recorded_model(store, self.model, device)
+        record(model, None, out=self.store, settings=settings, workers=workers)
+        return Info(self.store).run()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from workbench.cli.options import Positional
 from workbench.cli.page_verbs import Atlas, Demo, Export, Index, Report, Serve
 from workbench.cli.probe_verbs import Probes, probe_command, probe_options
 from workbench.cli.question_verbs import Coactive, Contributions, Effect, Match, Patchscope, SparseProbe
-from workbench.cli.recording_verbs import Generate, Plan, Record
+from workbench.cli.recording_verbs import Add, Generate, Plan, Record
 from workbench.cli.store_verbs import Compare, Info, Merge, Pack, Query, Remove, Verify
 from workbench.cli.terminal import print_items, print_plain
 from workbench.io.errors import RequestError, nearest
@@ -38,6 +38,7 @@ class Completion:
 VERBS: dict[str, type[Command]] = {
     "demo": Demo,
     "record": Record,
+    "add": Add,
     "generate": Generate,
     "plan": Plan,
     "info": Info,
@@ -75,7 +76,7 @@ NAMED_VERBS: dict[str, tuple[str, Callable[[list[str]], Command]]] = {
 """Verbs that are followed by the name of a probe or an experiment: help and parser."""
 
 GROUPS = {
-    "record": ("demo", "plan", "record", "generate"),
+    "record": ("demo", "plan", "record", "add", "generate"),
     "stores": ("info", "query", "verify", "compare", "merge", "pack", "rm"),
     "probes and experiments": ("probes", "probe", "attribute", "patch", "steer", "patchscope", "sweep"),
     "sparse features": (

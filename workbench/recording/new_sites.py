@@ -22,6 +22,7 @@ from workbench.recording.segments import fill
 from workbench.sites.settings import Recording, recording
 from workbench.store.groups import segment_tables
 from workbench.store.growth import add_sites, remove_unlisted, stage_sites, staged_checksum
+from workbench.store.layers import ANEW, fixed_sites
 from workbench.store.manifest import MANIFEST, Manifest, Segment, SiteRecord, read_manifest
 from workbench.store.token_table import read_tokens
 from workbench.store.writer import Writer, check_space, explain_full_disk, is_read_only, required_bytes
@@ -43,13 +44,16 @@ def stored_settings(out: Path | None) -> Recording:
     """Returns the settings with which the store at `out` was recorded, for texts=None.
 
     Raises:
-        RequestError: There is no store, or no path.
+        RequestError: There is no store, no path, or a store to which no site can be added.
     """
     if out is None or not (out / MANIFEST).exists():
         place = "out is missing" if out is None else f"{out} is none"
         raise RequestError(f"texts: None stands for the tokens of the store at out, and {place}; give texts")
+    manifest = read_manifest(out)
+    if reason := fixed_sites(manifest):
+        raise RequestError(f"{out} {reason}, so no site can be added to it; {ANEW}")
     fields = Recording.__dataclass_fields__
-    stored = {name: value for name, value in read_manifest(out).recording.items() if name in fields}
+    stored = {name: value for name, value in manifest.recording.items() if name in fields}
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
     return recording(replace(Recording(), **(stored | lists)))
 
@@ -75,10 +79,8 @@ def record_new_sites(plan: RecordingPlan, model: Model, writer: Writer, workers:
     added = ", ".join(site.label for site in sites[:3])
     if is_read_only(path):
         raise RequestError(f"{path} is read-only and lacks {added}; make it writable, or choose another out")
-    if manifest.chosen or manifest.interventions or manifest.gradient_of:
-        changed = "was recorded with interventions" if manifest.interventions else "was recorded with gradients"
-        reason = "holds chosen rows alone" if manifest.chosen else changed
-        raise RequestError(f"{path} {reason}, so {added} cannot be added to it; choose another out")
+    if reason := fixed_sites(manifest):
+        raise RequestError(f"{path} {reason}, so {added} cannot be added to it; {ANEW}")
     if workers.shared:
         raise RequestError(f"several processes that share a store cannot add {added} to it; add sites with one")
     with explain_full_disk(path, f"the new sites {added}", manifest.rows):

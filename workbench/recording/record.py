@@ -310,7 +310,8 @@ def _check_append(plan: RecordingPlan, writer: Writer) -> None:
         )
     if new := new_sites(plan, writer.manifest):
         raise RequestError(
-            f"append: {writer.path} does not have {new[0].label}; add the site first (texts=None), then append"
+            f"append: {writer.path} does not have {new[0].label}; add the site first, with texts=None or, in a "
+            "shell, by workbench add"
         )
     if plan.encoded_only and writer.manifest.complete:
         raise RequestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,10 @@ def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Seq
     return tuple(chosen)
 
 
+ANEW = "record it anew with all sites that are needed, into another out"
+"""Advice for a store to which no site can be added."""
+
+
 def not_recorded(path: Path, manifest: Manifest, label: str) -> RequestError:
     """Returns the error for a site that a store does not have, with the command that would record it."""
     known = [name for site in manifest.sites for name in (site.name, site.short) if name]
@@ -115,9 +120,20 @@ def not_recorded(path: Path, manifest: Manifest, label: str) -> RequestError:
         name, layer = manifest.model.name, None if stem[2] is None else int(stem[2][1:])
         if reason := absence(manifest.model.absent_sites, stem[1], layer):
             return RequestError(f"{text}, and {name} does not offer it: {reason}; {recorded}")
-        command = f"workbench record {name} TEXT --sites {label} --out ANOTHER_STORE"
-        return RequestError(f"{text}; {recorded}; to record it: {command}")
+        if reason := fixed_sites(manifest):
+            return RequestError(f"{text}, which {reason}, so that no site can be added; {recorded}; {ANEW}")
+        command = f"workbench add {shlex.quote(str(path))} --sites {label}"
+        return RequestError(f"{text}; {recorded}; to add it: {command}")
     return RequestError(f"{text}; {recorded}{nearest(label, known)}")
+
+
+def fixed_sites(manifest: Manifest) -> str | None:
+    """Returns why no site can be added to a store; None where some can."""
+    if manifest.chosen:
+        return "holds chosen rows alone"
+    if manifest.interventions or manifest.gradient_of:
+        return f"was recorded with {'interventions' if manifest.interventions else 'gradients'}"
+    return None
 
 
 def offered_label(manifest: Manifest, *kinds: str) -> str:

@@ -188,8 +188,8 @@ class Writer:
             same_texts = bool(parts) and parts[-1].same_counts(part) and parts[-1].same_columns(part)
             if len(parts) > 1 and not append:
                 raise RequestError(
-                    f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts, "
-                    "or texts=None to add sites"
+                    f"{self.path} was appended to and holds {len(parts)} parts; pass append=True to add texts; "
+                    "sites are added with texts=None, in a shell by workbench add"
                 )
             if not parts:
                 self._replace(_with_parts(self.manifest, (part,)))
