@@ -258,6 +258,7 @@ def figures(result: wb.Result) -> dict[str, Any]:
         margin={"t": 120},
     )
     figure.update_annotations(font_size=13)
+    figure.update_traces(cliponaxis=False)  # the checkpoint before training lies on the axis
     return {"emergence": figure.update_xaxes(title="training step", rangemode="tozero")}
 
 

@@ -286,7 +286,7 @@ class DirectLogitAttribution(StoreProbe):
         data, table = result.data, result.table
         largest = table.iloc[np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:3]]
         parts = [
-            f"{line['term']} {line['contribution']:+.2f}{interval_suffix(line['low'], line['high'])}"
+            f"{line['term']} {line['contribution']:+z.2f}{interval_suffix(line['low'], line['high'])}"
             for _, line in largest.iterrows()
         ]
         text = f"Mean {_quantity(result)} {float(data['logit']):.2f}; largest terms: {'; '.join(parts)}; "

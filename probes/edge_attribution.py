@@ -209,11 +209,11 @@ class EdgeAttribution(StoreProbe):
             for name in ("faithfulness", "faithfulness_low", "faithfulness_high", "random_faithfulness")
         )
         interval = interval_suffix(low, high, ".0f")
-        text = f"The {size:,} edges of largest score, of {total:,}, recover {share:.0f} % of the gap{interval}"
-        text += f"; random ones {np.round(random) + 0.0:.0f} %; strongest: "
+        text = f"The {size:,} edges of largest score, of {total:,}, recover {share:z.0f} % of the gap{interval}"
+        text += f"; random ones {random:z.0f} %; strongest: "
         units = data.attrs["metric_units"]
         best = zip(*(table[name].head(3) for name in ("sender", "receiver", "score")), strict=True)
-        text += ", ".join(f"{sender} to {receiver} {score:+.2f}" for sender, receiver, score in best)
+        text += ", ".join(f"{sender} to {receiver} {score:+z.2f}" for sender, receiver, score in best)
         return with_note(f"{text} {units}; {data.sizes['pair']} pairs.", result)
 
     @staticmethod

@@ -214,8 +214,8 @@ class HeadAblation(StoreProbe):
             low, high = float(at["loss_low"]), float(at["loss_high"])
             interval = interval_suffix(low, high)
             parts.append(
-                f"loss at {group} {float(at['loss']):+.2f} nats{interval} (random heads "
-                f"{float(at['loss_random']):+.2f}), accuracy {100 * float(at['plain_accuracy']):.0f} to "
+                f"loss at {group} {float(at['loss']):+z.2f} nats{interval} (random heads "
+                f"{float(at['loss_random']):+z.2f}), accuracy {100 * float(at['plain_accuracy']):.0f} to "
                 f"{100 * float(at['plain_accuracy'] + at['accuracy']):.0f} %"
             )
         return with_note(f"Without {names}: {'; '.join(parts)} ({int(data['tokens'].sum()):,} tokens).", result)

@@ -170,8 +170,9 @@ class NextTokenLaw(LayerProbe):
         beside = "none held out" if np.isnan(held_out).any() else f"held out {held_out[0]:.2f} and {held_out[1]:.2f}"
         text = "; ".join(
             [
-                f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}, "
-                f"{ends['residual'][1]:.2f} at layer {layers[-1]} ({beside})",
+                f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}"
+                + (f", {ends['residual'][1]:.2f} at layer {layers[-1]}" if len(layers) > 1 else "")
+                + f" ({beside})",
                 *_line_text(data, "", " a layer" + interval_suffix(low, high, ".3f")),
                 ", ".join([shuffled, *_line_text(data, "_shuffled")]),
                 f"noise alone {float(data['noise']):.2f}",

@@ -181,7 +181,7 @@ class ResidualUncertainty(LayerProbe):
 
 
 def _interval(gain: float, low: float, high: float) -> str:
-    return f"{gain:+.3f}{interval_suffix(low, high, '.3f')}"
+    return f"{gain:+z.3f}{interval_suffix(low, high, '.3f')}"
 
 
 # ---- readings -------------------------------------------------------------------------------------------

@@ -237,13 +237,13 @@ class Stages(LayerProbe):
         keep = 100 * data["agreement_delete"].to_numpy()
         swap = 100 * data["agreement_swap"].to_numpy()
         middle = slice(len(layers) // 4, max(len(layers) // 4 + 1, 3 * len(layers) // 4))
-        text = (
-            f"Top-1 predictions kept without one block: {keep[middle].mean():.0f} % on average in layers "
-            f"{layers[middle][0]} to {layers[middle][-1]}, {keep[0]:.0f} % for layer {layers[0]}, {keep[-1]:.0f} % for "
-            f"layer {layers[-1]}"
-        )
+        text = "Top-1 predictions kept without one block: "
+        if len(layers) > 2:
+            text += f"{keep[middle].mean():.0f} % on average in layers {layers[middle][0]} to {layers[middle][-1]}, "
+        text += ", ".join(f"{keep[at]:.0f} % for layer {layers[at]}" for at in sorted({0, len(layers) - 1}))
         if not np.isnan(swap[middle]).all():
-            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} % in the same layers"
+            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} %"
+            text += " in the same layers" * (len(layers) > 2)
         text += f"; mean KL without one block {float(data['kl_delete'].mean()):.2f} nats"
         if "agreement_delete_random" in data:
             text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):.0f} %, KL "

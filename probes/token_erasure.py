@@ -309,6 +309,8 @@ class TokenErasure(LayerProbe):
 
     def _layers(self, store: Store, layers: list[int]) -> tuple[int, int]:
         n_layers = store.manifest.model.n_layers
+        if n_layers < 2:
+            raise RequestError(f"token-erasure compares two layers, and {store.manifest.model.name} has one")
         early = round(n_layers / 32) if self.early is None else self.early
         late = max(early + 1, round(9 * n_layers / 32)) if self.late is None else self.late
         for name, layer in {"early": early, "late": late}.items():

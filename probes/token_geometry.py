@@ -137,10 +137,8 @@ class TokenGeometry(LayerProbe):
         super().__post_init__()
         check_fields(self, "skip", "seed", at_least=0)
         check_fields(self, "neighbours", "resamples", at_least=1)
-        if self.length - self.skip < 2 * SCALES[-1] + 4:
-            raise RequestError(
-                f"length {self.length} less skip {self.skip} must be {2 * SCALES[-1] + 4} points or more"
-            )
+        if self.length - self.skip < _LEAST:
+            raise RequestError(f"length {self.length} less skip {self.skip} must be {_LEAST} points or more")
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -154,7 +152,7 @@ class TokenGeometry(LayerProbe):
         """
         require_causal(store, self.name)
         layers, labels = self.recorded(store, self.site)
-        sequences = select_sequences(store, self.length, self.where, self.group)
+        sequences = select_sequences(store, self.length, self.where, self.group, least=self.skip + _LEAST)
         rows = self.finite_rows(store, labels, sequences.rows)
         sequences = sequences.without(rows.left_out)
         by_sequence = [

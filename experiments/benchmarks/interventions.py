@@ -28,6 +28,8 @@ class Interventions:
     positions: int = 64
     width: float = 0.05
     repeats: int = 60
+    only: str = ""
+    """Part of the names of the records that are timed. Default: all."""
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times passes with each kind of record against plain passes."""
@@ -61,6 +63,8 @@ class Interventions:
         plain()
         comparisons = []
         for name, records in _records(model, store, layer).items():
+            if self.only not in name:
+                continue
             changed = per_second(ids.numel(), timed(records), time.process_time)
             changed()
             values, references = paired_until(self.width, self.repeats, changed, plain)

@@ -37,6 +37,11 @@ EMERGENCE = "emergence"
 """Picture of a training run, whose checkpoints do not ship: `--emergence` draws it anew."""
 EMERGING = ("excess:max", "loss_repeated", "loss_new", "previous:max", "duplicate:max", "copying:max")
 """Variables of the probe induction-heads that it shows."""
+TRAINING = {
+    "emergence-texts": ("attention-sinks.sink", "logit-lens.mean_cross_entropy:last", "successor-heads.macro:max"),
+    "emergence-repeats": ("induction-heads.excess:max", "induction-heads.previous:max"),
+}
+"""Pictures of the training of the embedded model with their measures, on its texts and on repeats: `--training`."""
 IOI_PAIRS, IOI_LAYERS = 8, (0, 4, 8, 12, 16, 18, 20, 22, 24, 26, 29)
 
 
@@ -77,12 +82,24 @@ def draw_emergence(run: str, images: Path) -> Path:
     return draw_one(emergence.run(config), "emergence", images / f"{EMERGENCE}.png")
 
 
+def draw_training(run: str, images: Path) -> list[Path]:
+    """Follows the training of the embedded model over its checkpoints, which takes minutes, and writes its pictures."""
+    texts, repeats = TRAINING.values()
+    on_texts = emergence.Config(checkpoints=(run,), measures=texts, rows=3200)
+    on_repeats = emergence.Config(
+        checkpoints=(run,), measures=repeats, sites=("pattern",), text=emergence.REPEATS, rows=3200, length=96
+    )
+    results = zip(TRAINING, (on_texts, on_repeats), strict=True)
+    return [draw_one(emergence.run(config), "emergence", images / f"{name}.png") for name, config in results]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the pictures of the documentation."""
     parser = argparse.ArgumentParser(prog="python -m workbench.experiments.pictures", description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder of a finished `workbench demo`; default: run it")
     parser.add_argument("--ioi", help="folder of SmolLM2-135M; draws its picture, too")
     parser.add_argument("--emergence", help="folder of a training run with checkpoints; draws its picture, too")
+    parser.add_argument("--training", help="folder of the embedded model's training; draws its pictures, too")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder to write")
     request = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote  {draw_ioi(request.ioi, request.out)}")
     if request.emergence:
         print(f"wrote  {draw_emergence(request.emergence, request.out)}")
+    for path in draw_training(request.training, request.out) if request.training else ():
+        print(f"wrote  {path}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def test_sites_are_added_from_the_tokens_of_the_store(stories260k, tmp_path):
     )
     torch.testing.assert_close(grown["z.0"][:], both["z.0"][:], atol=1e-5, rtol=1e-5)
     assert run("add", store, "--sites", "z.0")[2].startswith("workbench: --model is not given, and 'stories260K'")
-    assert "is no store" in run("add", tmp_path / "none", "--sites", "z")[2]
+    assert "no store at" in run("add", tmp_path / "none", "--sites", "z")[2]
 
 
 def test_no_site_is_added_to_chosen_rows_or_to_a_changed_model(stories260k, tmp_path):

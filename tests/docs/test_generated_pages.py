@@ -8,7 +8,7 @@ import pytest
 
 from workbench.experiments.architectures.__main__ import MADE_OF
 from workbench.experiments.demo_model.made_of import embedded, fingerprint, made_of, read_made_of
-from workbench.experiments.pictures.__main__ import EMERGENCE, IOI, PICTURES, RECORD
+from workbench.experiments.pictures.__main__ import EMERGENCE, IOI, PICTURES, RECORD, TRAINING
 from workbench.experiments.pictures.costs import NAME as COSTS
 from workbench.experiments.pictures.costs import costs, figure
 
@@ -25,7 +25,7 @@ def test_a_page_states_the_fingerprints_of_what_ships(page):
 
 def test_the_pictures_are_of_what_ships():
     assert json.loads((DOCS / "images" / RECORD).read_text()) == embedded(), f"docs/images: {WRITE}"
-    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {COSTS, EMERGENCE, IOI} == {*PICTURES}
+    assert {path.stem for path in (DOCS / "images").glob("*.png")} - {COSTS, EMERGENCE, IOI, *TRAINING} == {*PICTURES}
 
 
 def test_the_costs_of_interventions_are_those_of_the_page():

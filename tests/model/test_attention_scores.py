@@ -86,7 +86,7 @@ def test_scores_that_are_more_than_queries_and_keys_are_refused(tiny_models, tmp
     bloom = Model(tiny_of_type("bloom"), None, "bloom")
     store = wb.record(bloom, [IDS], out=tmp_path / "b", sites=["resid_post.0"], show_progress=False)
     text = refused(RequestError, lambda: layer_rule(score_rules(store), store, 0))
-    assert text.startswith("layer 0: BloomForCausalLM computes attention in its own way")
+    assert text.startswith("layer 0: BloomForCausalLM has no attention there whose scores are products")
     store = wb.record(Model(tiny_models["llama"], None, "t"), [IDS], out=tmp_path / "l", show_progress=False)
     assert "rot_q.0 is not recorded" in refused(RequestError, lambda: layer_rule(score_rules(store), store, 0))
 

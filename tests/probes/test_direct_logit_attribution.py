@@ -186,6 +186,20 @@ def test_answers_come_from_columns_of_the_store(models, tmp_path):
     np.testing.assert_allclose(result.data["by_token"].sum("term"), expected, atol=1e-4)
 
 
+def test_without_a_tokenizer_ids_are_the_names_of_tokens(tiny_models, tmp_path):
+    model = Model(tiny_models["llama"], None, "ids")
+    texts = [{"input_ids": [5, 6, 7, 40], "answer": "9"}, {"input_ids": [8, 41, 7], "answer": "12"}]
+    store = record(model, texts, tmp_path / "s", SITES, dtype="float32")
+    logits = plain_logits(model.module, store)
+    result = DirectLogitAttribution(token="9", against="12", detail=99, resamples=10).run(store)
+    np.testing.assert_allclose(result.data["by_token"].sum("term"), logits[:, 9] - logits[:, 12], atol=1e-4)
+    result = DirectLogitAttribution(token_column="answer", detail=99, resamples=10).run(store)
+    expected = logits[np.arange(7), [9] * 4 + [12] * 3]
+    np.testing.assert_allclose(result.data["by_token"].sum("term"), expected, atol=1e-4)
+    message = refused(RequestError, lambda: DirectLogitAttribution(token="day").run(store))
+    assert message == "token: 'day' is no single token; the model has no tokenizer, so id 7 is the token '7'"
+
+
 def test_a_sum_that_does_not_hold_is_refused_by_name(stores):
     store, rows = stores["llama"], np.arange(4)
     terms = plan_terms(store, "sublayers")

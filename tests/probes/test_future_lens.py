@@ -392,7 +392,7 @@ def test_requests_that_the_store_cannot_meet(noise, tmp_path):
     ids = texts()
     sites = {"resid_post.0": one_hot(ids).reshape(-1, VOCAB)}
     missing = planted_store(tmp_path / "x.acts", ids.tolist(), sites, linear_unembed(np.eye(VOCAB)), n_layers=2)
-    assert "workbench record" in refused(RequestError, lambda: FutureLens().run(missing))
+    assert "workbench add" in refused(RequestError, lambda: FutureLens().run(missing))
 
 
 # The result

@@ -286,7 +286,7 @@ def test_too_little_is_said_or_refused(store, planted, tmp_path, trained):
 def test_a_missing_last_block_is_refused_with_the_command(planted, tmp_path):
     sites = {"resid_post.0": planted["first"]}
     store = planted_store(tmp_path / "x.acts", planted["ids"], sites, linear_unembed(planted["unembed"]), n_layers=2)
-    assert "workbench record" in refused(RequestError, lambda: TunedLens().run(store))
+    assert "workbench add" in refused(RequestError, lambda: TunedLens().run(store))
 
 
 # The result

@@ -116,14 +116,14 @@ def test_chosen_rows_are_appended_and_other_choices_refused(model, texts, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": "position > 2 AND random() < 0.5"}, "query '(position > 2 AND random() < 0.5\\n)': random() may"),
+        ({"where": "position > 2 AND random() < 0.5"}, "query 'position > 2 AND random() < 0.5': random() may"),
         (
             {"where": "position > year(now())"},
-            "query '(position > year(now())\\n)': now() may choose other tokens each",
+            "query 'position > year(now())': now() may choose other tokens each",
         ),
         ({"where": "token = 'nowhere'"}, "where=\"token = 'nowhere'\" selects none of the "),
         ({"keep": [99]}, "keep=(99,) selects none of the "),
-        ({"where": "tokn = 1"}, "query '(tokn = 1\\n)': Referenced column \"tokn\" not found"),
+        ({"where": "tokn = 1"}, "query 'tokn = 1': Referenced column \"tokn\" not found"),
         ({"where": "token IN (SELECT x FROM 'a.csv')"}, "query "),
         ({"where": " "}, "where is empty; give an SQL condition"),
         ({"keep": []}, "keep must be 'last' or positions, such as [0, -1], not []"),

@@ -65,5 +65,5 @@ def ablation_text(data: Mapping[str, np.ndarray], group: int = 0) -> str:
     value, low, high, random = (
         float(data[name][-1, group]) for name in ("ablation", "ablation_low", "ablation_high", "ablation_random")
     )
-    interval = "" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]"
-    return f"{value:+.2f} nats{interval}, random heads {random:+.2f}"
+    interval = "" if np.isnan(low) else f", 95 % CI [{low:z.2f}, {high:z.2f}]"
+    return f"{value:+z.2f} nats{interval}, random heads {random:+z.2f}"

@@ -157,7 +157,7 @@ def ablated_logit_text(data: Any, replacement: str) -> str:
     loss, low, high, direct = (
         float(data[name].to_numpy()[term]) for name in ("ablated", "ablated_low", "ablated_high", "direct")
     )
-    interval = "" if np.isnan(low) else f", 95 % CI [{low:.2f}, {high:.2f}]"
+    interval = "" if np.isnan(low) else f", 95 % CI [{low:z.2f}, {high:z.2f}]"
     value = "its mean" if replacement == "mean" else "0"
     name = data["term"].to_numpy()[term]
     return f"with {name} set to {value} it loses {loss:.2f}{interval} (direct contribution there {direct:.2f})"

@@ -74,7 +74,9 @@ class EdgeGraph:
         queries = tuple({part: _query_site(model, part, layer) for part in "qkv"} for layer in layers)
         site_names = {site.short for site in model.site_map.sites.values()}
         if missing := [layer for layer in layers if f"mlp_out.{layer}" not in site_names]:
-            raise RequestError(f"edges: layer {missing[0]} of {model.architecture} has no site mlp_out")
+            raise RequestError(
+                f"edges: layer {missing[0]} of {model.architecture} has no site mlp_out; use path-patching"
+            )
         return cls(model, outputs, queries, tuple(f"resid_mid.{layer}" not in site_names for layer in layers))
 
     @cached_property

@@ -10,13 +10,13 @@ from jaxtyping import Float, Float64, Int64
 
 from workbench.analysis.change_effects import MEASURES, MeasuredRows, measures, plain_log_probabilities
 from workbench.analysis.rows import next_tokens
-from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.attention import row_entropy
 from workbench.model.forward import run
 from workbench.model.load import Model
 from workbench.sae.reconstruction import Documents
 from workbench.sae.spliced_loss import batch_limit, sequence_batches
+from workbench.store.layers import offered_label
 from workbench.store.reader import Store
 
 
@@ -69,7 +69,7 @@ def first_key_rows(
             entropies = store["attn_entropy", layer][rows].double().numpy() if has_entropy else None
             by_layer[layer] = store["attn_first", layer][rows].double().numpy(), entropies
     if not by_layer:
-        raise RequestError("neither pattern nor attn_first was recorded; record attn_first and attn_entropy")
+        store.require(offered_label(store.manifest, "attn_first", "pattern"))
     return by_layer
 
 

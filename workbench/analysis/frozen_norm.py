@@ -76,7 +76,7 @@ def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
     if isinstance(token, int | np.integer):
         check(name, token, at_least=0, at_most=unembed.vocab - 1, whole=True)
         return int(token)
-    texts = unembed.tokens or ()
+    texts = vocabulary_texts(unembed)
     matches = [index for index, text in enumerate(texts) if text == token]
     if len(matches) == 1:
         return matches[0]
@@ -84,8 +84,13 @@ def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
         raise RequestError(
             f"{name}: {len(matches)} tokens have this text: {', '.join(map(str, matches[:5]))}; give the id"
         )
-    close = nearest(token, texts) if texts else "; the model has no tokenizer, give ids"
+    close = nearest(token, texts) if unembed.tokens else "; the model has no tokenizer, so id 7 is the token '7'"
     raise RequestError(f"{name}: {token!r} is no single token{close}")
+
+
+def vocabulary_texts(unembed: Unembed) -> Sequence[str]:
+    """Returns the text of every token of the vocabulary; without a tokenizer its id, as in a store's token table."""
+    return unembed.tokens or tuple(map(str, range(unembed.vocab)))
 
 
 def single_tokens(texts: Iterable[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from workbench.analysis.frozen_norm import ids_of_values, single_tokens, token_id
+from workbench.analysis.frozen_norm import ids_of_values, single_tokens, token_id, vocabulary_texts
 from workbench.analysis.rows import blocks, next_tokens
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
@@ -148,5 +148,5 @@ def _named_ids(
         return None
     if column not in store.tokens.column_names:
         raise RequestError(f"{name}_column {column!r} is no column of {store.path.name}; see `workbench info`")
-    ids = single_tokens(unembed.tokens or ())
+    ids = single_tokens(vocabulary_texts(unembed))
     return ids_of_values(store.tokens[column].take(rows).to_pylist(), ids)

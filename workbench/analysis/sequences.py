@@ -58,7 +58,13 @@ class Sequences:
 
 
 def select_sequences(
-    store: Store, length: int, where: str | None = None, domain: str | None = None, *, summed: bool = False
+    store: Store,
+    length: int,
+    where: str | None = None,
+    domain: str | None = None,
+    *,
+    summed: bool = False,
+    least: int = 3,
 ) -> Sequences:
     """Returns the sequences of at least `length` tokens.
 
@@ -68,6 +74,7 @@ def select_sequences(
         where: SQL over the token table; a sequence is selected if the condition holds for its first token. None: all.
         domain: Metadata column that gives each sequence its domain. None: no domains.
         summed: True for attention that was summed over whole sequences: `length` must be that of the longest one.
+        least: Smallest length that the caller takes, for its advice.
 
     Raises:
         RequestError: No sequence is selected, none is long enough, one is longer than it may be, or `domain` has no
@@ -87,9 +94,10 @@ def select_sequences(
         starts, lengths = starts[selected], lengths[selected]
     longest = int(lengths.max(initial=0))
     if longest < length:
+        shorter = f"give length {longest}{'' if summed else ' or less'}, or " if longest >= least else ""
         raise RequestError(
-            f"length {length}: no sequence has as many tokens, the longest of {len(starts):,} has {longest}; give "
-            f"length {longest}{'' if summed else ' or less'}, or record longer texts"
+            f"length {length}: no sequence has as many tokens, the longest of {len(starts):,} has {longest}; {shorter}"
+            "record longer texts"
         )
     if summed and longest > length:
         raise RequestError(

@@ -46,7 +46,7 @@ class Parallel:
 
     def to_workers(self, device: str | None) -> Workers | None:
         """Returns the `workers` of `record`, `extract_features` and `sweep`; None: this process alone."""
-        if self.workers is None and (self.ray_address or self.threads):
+        if self.workers is None and (self.ray_address or self.threads is not None):
             raise RequestError("--ray-address and --threads configure workers; give their number with --workers")
         if self.share and self.workers is not None:
             raise RequestError("--share and --workers are two ways to divide the work; give one of them")
@@ -202,7 +202,8 @@ def _source(text: str) -> str | Path:
     """In a list of texts a string is a document and a Path a file."""
     if text.startswith("hf:"):
         raise RequestError(f"{text} cannot be mixed with other texts; record it alone and add the others with --append")
-    return text if any(map(str.isspace, text)) and not os.path.isfile(text) else Path(text)
+    is_text = not text or any(map(str.isspace, text))
+    return text if is_text and not os.path.isfile(text) else Path(text)
 
 
 def docstring(owner: Any) -> str:

@@ -412,9 +412,8 @@ def _check_ids(ids: np.ndarray, vocab: int | None, source: str) -> None:
     limit = 2**31 if vocab is None else vocab
     if ids.size and not (ids.min() >= 0 and ids.max() < limit):
         wrong = next(token_id for token_id in ids.tolist() if not 0 <= token_id < limit)
-        raise RequestError(
-            f"{source}: token id {wrong} is not one of the model's, 0 to {limit - 1}; was another tokenizer used?"
-        )
+        known = "" if vocab is None else f", 0 to {limit - 1}"
+        raise RequestError(f"{source}: token id {wrong} is not one of the model's{known}; was another tokenizer used?")
 
 
 def _suffix(suffix: tuple[int, ...], last: Encoding, text: str | None) -> Encoding:

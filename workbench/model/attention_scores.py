@@ -87,8 +87,8 @@ def layer_rule(rules: Mapping[int, ScoreRule], store: Store, layer: int) -> Scor
     """
     if layer not in rules:
         raise RequestError(
-            f"layer {layer}: {store.manifest.model.architecture} computes attention in its own way there, so its "
-            "scores cannot be computed from queries and keys"
+            f"layer {layer}: {store.manifest.model.architecture} has no attention there whose scores are products of "
+            "queries and keys alone"
         )
     rule = rules[layer]
     if rule.biased:

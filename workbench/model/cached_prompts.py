@@ -13,50 +13,10 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from workbench.io.torch_state import plain_torch
-from workbench.model.forward import run, trial_ids
+from workbench.model.forward import run
 from workbench.model.intervene import Intervention, intervene
+from workbench.model.kept_keys import keys_and_values
 from workbench.model.load import Model
-from workbench.model.passes import unseen_pass
-
-_KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")
-"""Layers of transformers' caches that hold keys and values alone, and can be copied for several runs."""
-_BEFORE, _BEHIND = 6, 3  # tokens of the trial
-_EXACT, _ROUNDED = 1e-4, 0.05
-"""Part of the logits that rounding may change, in float32 and in types of 16 bits."""
-
-
-def keys_and_values(model: Model, ids: Int64[Tensor, "prompt position"], *, gradients: bool = False) -> Any | None:
-    """Runs tokens and returns transformers' cache of their keys and values; None for a model that keeps something else.
-
-    Args:
-        model: The model.
-        ids: Tokens without padding.
-        gradients: Keep the gradients of what the tokens' embeddings were made of.
-    """
-    output = run(model.module, ids, torch.ones_like(ids), cache=True, gradients=gradients)
-    cache = getattr(output, "past_key_values", None)
-    layers = getattr(cache, "layers", ())
-    return cache if layers and all(type(layer).__name__ in _KEPT for layer in layers) else None
-
-
-@plain_torch()
-def continues_from_cache(model: Model) -> bool:
-    """Returns True if several tokens behind keys and values that were kept get the logits of a whole pass.
-
-    Costs three passes over 6, 2 x 3 and 2 x 9 tokens, which interventions on the model do not see.
-    """
-    ids = trial_ids(model.module, 2, _BEFORE + _BEHIND, seed=1)
-    ids[:, :_BEFORE] = ids[0, :_BEFORE]
-    with unseen_pass(model.module), torch.inference_mode():
-        cache = keys_and_values(model, ids[:1, :_BEFORE])
-        if cache is None:
-            return False
-        cache.batch_repeat_interleave(2)
-        behind = run(model.module, ids[:, _BEFORE:], torch.ones_like(ids), cache=cache).logits.double()
-        whole = run(model.module, ids, torch.ones_like(ids)).logits[:, _BEFORE:].double()
-    exact = model.dtype in (torch.float32, torch.float64) and not getattr(model.module, "is_quantized", False)
-    size = (whole - whole.mean(-1, keepdim=True)).norm()
-    return bool((behind - whole).norm() <= (_EXACT if exact else _ROUNDED) * size)
 
 
 @dataclass(frozen=True)
@@ -78,7 +38,7 @@ class CachedPrompts:
             ids: Prompts without padding.
         """
         before = ids[:, :-1]
-        cache = keys_and_values(model, before) if before.shape[1] else None
+        cache = keys_and_values(model.module, before) if before.shape[1] else None
         return None if cache is None else cls(model, ids, cache)
 
     @plain_torch()

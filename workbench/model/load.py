@@ -85,9 +85,9 @@ class Model:
     @cached_property
     def continues_from_cache(self) -> bool:
         """True if tokens behind kept keys and values get the logits of a whole pass. Costs a few short passes."""
-        from workbench.model.cached_prompts import continues_from_cache
+        from workbench.model.kept_keys import continues_from_cache
 
-        return continues_from_cache(self)
+        return continues_from_cache(self.module)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.io.torch_state import plain_torch
-from workbench.model.cached_prompts import keys_and_values
 from workbench.model.embedding_records import EmbedTokens
 from workbench.model.forward import run
 from workbench.model.intervene import intervene
+from workbench.model.kept_keys import keys_and_values
 from workbench.model.load import Model
 from workbench.model.row_records import Set
 from workbench.sites.grammar import Site
@@ -110,7 +110,7 @@ def _kept(model: Model, prompt: Float[Tensor, "prompt d_embed"], rows: int, grad
     """Keys and values of a prompt's earlier tokens, which no row changes, for each row."""
     ids = torch.zeros(1, len(prompt), dtype=torch.long)
     with intervene(model, EmbedTokens(slice(0, len(prompt)), vectors=prompt)):
-        cache: Any = keys_and_values(model, ids, gradients=gradients)
+        cache: Any = keys_and_values(model.module, ids, gradients=gradients)
     with nullcontext() if gradients else torch.inference_mode():
         cache.batch_repeat_interleave(rows)
     return cache

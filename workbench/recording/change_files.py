@@ -51,7 +51,9 @@ def read_interventions(path: str | os.PathLike[str]) -> tuple[Intervention, ...]
     path = as_path("path", path)
     value = read_json(path, "give a JSON file with interventions")
     records = value.get("records")
-    if value.keys() != {"records"} or not isinstance(records, list) or not records:
+    if records == []:
+        raise RequestError(f"{path}: the list of records is empty; name one or more, or leave the file out")
+    if value.keys() != {"records"} or not isinstance(records, list):
         raise RequestError(f'{path} must be an object with one key, "records": a list of records')
     return tuple(_record(entry, f"{path}: record {number}", path.parent) for number, entry in enumerate(records))
 

@@ -101,14 +101,15 @@ def chosen_table(table: pa.Table, rows: Int64[np.ndarray, " row"], first_row: in
 
 
 def _condition(settings: Recording) -> str | None:
+    if settings.keep is None:
+        return settings.where or None
     conditions = [settings.where] if settings.where else []
-    if settings.keep is not None:
-        from_start = [int(position) for position in settings.keep if int(position) >= 0]
-        from_end = [-1 - int(position) for position in settings.keep if int(position) < 0]
-        places = {"position": from_start, "position_from_end": from_end}
-        inside = [f"{name} IN ({', '.join(map(str, places[name]))})" for name in places if places[name]]
-        conditions.append(" OR ".join(inside))
-    return " AND ".join(f"({condition}\n)" for condition in conditions) or None
+    from_start = [int(position) for position in settings.keep if int(position) >= 0]
+    from_end = [-1 - int(position) for position in settings.keep if int(position) < 0]
+    places = {"position": from_start, "position_from_end": from_end}
+    inside = [f"{name} IN ({', '.join(map(str, places[name]))})" for name in places if places[name]]
+    conditions.append(" OR ".join(inside))
+    return " AND ".join(f"({condition}\n)" for condition in conditions)
 
 
 def _write_tokens(model: Model, sequences: Sequences, file: Path) -> None:

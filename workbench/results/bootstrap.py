@@ -190,11 +190,12 @@ def central(
 
 def interval_text(low: Any, high: Any) -> str:
     """Returns an interval as text, in whole numbers (points, percent); NaN is that of a single document."""
-    return "no interval from one document" if np.isnan(low) else f"95 % CI [{float(low):.0f}, {float(high):.0f}]"
+    return "no interval from one document" if np.isnan(low) else f"95 % CI [{float(low):z.0f}, {float(high):z.0f}]"
 
 
 def interval_suffix(low: Any, high: Any, form: str = ".2f") -> str:
     """Returns ", 95 % CI [0.12, 0.34]" to follow a value, with numbers in the given format; empty for NaN."""
+    form = form.replace(".", "z.", 1)  # no "-0.00"
     return "" if np.isnan(low) else f", 95 % CI [{float(low):{form}}, {float(high):{form}}]"
 
 
@@ -206,7 +207,7 @@ def value_text(values: Any, name: str, digits: int = 2) -> str:
 
 def points_text(difference: Any, low: Any, high: Any) -> str:
     """Returns a difference of percentages with its interval as text: "11 points, 95 % CI [7, 14]"."""
-    return f"{np.round(float(difference)) + 0.0:.0f} points, {interval_text(low, high)}"  # + 0.0: no "-0"
+    return f"{float(difference):z.0f} points, {interval_text(low, high)}"
 
 
 def wilson(
