@@ -57,6 +57,7 @@ from workbench.probing import (
     shuffled_positions,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _CELL = ("layer", "place")
@@ -193,7 +194,7 @@ class ActivationPatching(StoreProbe):
         layers = [site.layer for site in sites]
         shape = (len(runs.pairs), len(layers), len(names))
         effects = {name: np.full(shape, np.nan) for name in ("denoising", "noising", *_CONTROLS)}
-        for cell in cells:
+        for cell in with_progress(cells, "activation patching", "cells"):
             index = (slice(None), layers.index(cell.site.layer), names.index(cell.place))
             for name, values in self._effects(runs, cell).items():
                 effects[name][index] = values

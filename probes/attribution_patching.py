@@ -64,6 +64,7 @@ from workbench.probing import (
     some_pairs,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _CELL, _MISS = ("layer", "place"), ("miss",)
@@ -339,7 +340,7 @@ def _exact(
     """Exact effects of each cell, and of the whole site of each layer."""
     layers = [site.layer for site in sites]
     exact = np.full((len(runs.pairs), len(sites), len(places)), np.nan)
-    for cell in cells_of(runs, sites, probe.at):
+    for cell in with_progress(list(cells_of(runs, sites, probe.at)), "exact patching", "cells"):
         index = (slice(None), layers.index(cell.site.layer), list(places).index(cell.place))
         exact[index] = np.where(cell.at.any(1).numpy(), _effect(probe, runs, cell.site, cell.at, cell.head), np.nan)
     heads = sites[0].axes[0] == "head" and probe.at != "all"

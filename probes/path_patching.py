@@ -50,6 +50,7 @@ from workbench.probing import (
     recorded_pairs,
     with_interval,
     with_note,
+    with_progress,
 )
 
 _CELL = ("layer", "place")
@@ -182,18 +183,18 @@ class PathPatching(StoreProbe):
         effects = {name: np.full((len(runs.pairs), len(senders), heads), np.nan) for name in names}
         at = runs.pairs.mask.bool() if self.at == "all" else runs.pairs.places[self.at]
         plan, with_donor = other_pair(runs.pairs, runs.answers, at, False, self.seed)
-        for row, site in enumerate(senders):
+        cells = [(row, site, head) for row, site in enumerate(senders) for head in range(site.shape[0] or 0)]
+        for row, site, head in with_progress(cells, "path patching", "heads"):
             clean, corrupt = runs.clean_values[site.name], runs.corrupt_values[site.name]
-            for head in range(site.shape[0] or 0):
-                index = (slice(None), row, head)
-                effects["denoising"][index] = paths.effect("corrupt", site, head, at, clean) - runs.corrupt
-                effects["noising"][index] = runs.clean - paths.effect("clean", site, head, at, corrupt)
-                if self.control_too:
-                    from_clean, from_corrupt = (
-                        paths.effect("corrupt", site, head, at, runs.gathered(side, site, plan))
-                        for side in ("clean", "corrupt")
-                    )
-                    effects["random_donor"][index] = np.where(with_donor, (from_clean - from_corrupt).numpy(), np.nan)
+            index = (slice(None), row, head)
+            effects["denoising"][index] = paths.effect("corrupt", site, head, at, clean) - runs.corrupt
+            effects["noising"][index] = runs.clean - paths.effect("clean", site, head, at, corrupt)
+            if self.control_too:
+                from_clean, from_corrupt = (
+                    paths.effect("corrupt", site, head, at, runs.gathered(side, site, plan))
+                    for side in ("clean", "corrupt")
+                )
+                effects["random_donor"][index] = np.where(with_donor, (from_clean - from_corrupt).numpy(), np.nan)
         return effects, [site.layer or 0 for site in senders]
 
     @staticmethod

@@ -28,8 +28,8 @@ class Interventions:
     positions: int = 64
     width: float = 0.05
     repeats: int = 60
-    only: str = ""
-    """Part of the names of the records that are timed. Default: all."""
+    kinds: str = "all"
+    """Part of the names of the records that are timed."""
 
     def run(self, folder: Path) -> list[Comparison]:
         """Times passes with each kind of record against plain passes."""
@@ -63,7 +63,7 @@ class Interventions:
         plain()
         comparisons = []
         for name, records in _records(model, store, layer).items():
-            if self.only not in name:
+            if self.kinds != "all" and self.kinds not in name:
                 continue
             changed = per_second(ids.numel(), timed(records), time.process_time)
             changed()

@@ -41,8 +41,8 @@ WITHOUT = ("function-vectors", "head-ablation", "representation-hijacking", "sem
 """Probes that ask for more: prompts with examples, other words, heads or a direction of yours."""
 REPEATS = 60
 """Sequences of random tokens that repeat."""
-PAIRS = 16
-"""Pairs of prompts, for patching."""
+PAIRS, OTHER_PAIRS = 16, 6
+"""Pairs of prompts, for patching: of the embedded and of another model, where a pass costs a hundred times as much."""
 TASKS = ("ioi", "agreement", "copying")
 """Tasks for another model than the embedded one; the first that fits the tokenizer is taken."""
 OTHER_ROWS = 3_000
@@ -107,7 +107,7 @@ def demo(
     out, embedded, loaded = as_path("out", out), str(model) == NAME, load_model(model)
     sae = NAME if sae is None and embedded else sae
     rows = OTHER_ROWS if rows is None and not embedded else rows
-    stores = record_stores(loaded, out, ("facts",) if embedded else TASKS, rows)
+    stores = record_stores(loaded, out, ("facts",) if embedded else TASKS, rows, PAIRS if embedded else OTHER_PAIRS)
     sections = []
     for store in stores:
         kinds = len({site.name for site in store.manifest.sites})
@@ -134,7 +134,9 @@ def demo(
     return path
 
 
-def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | None) -> list[Store]:
+def record_stores(
+    model: Model, out: Path, tasks: Sequence[str], rows: int | None, pair_count: int = PAIRS
+) -> list[Store]:
     """Records the corpus, heads, whole blocks, repeated tokens, and pairs of prompts of the first task that fits.
 
     Sites that the model lacks are left out: a state-space model has no heads.
@@ -159,7 +161,7 @@ def record_stores(model: Model, out: Path, tasks: Sequence[str], rows: int | Non
     ]
     for task in tasks:
         try:
-            pairs = prompt_pairs(task, model, PAIRS).texts()
+            pairs = prompt_pairs(task, model, pair_count).texts()
         except WorkbenchError:  # no pair fits the tokenizer
             continue
         return [*stores, record(model, pairs, sites=("resid_post",), out=out / "pairs.acts")]
