@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,22 @@ from workbench.embedded import NAME, demo_corpus
 from workbench.features.extract import extract_features
 from workbench.features.feature_store import Features
 from workbench.features.queries import best_features
+from workbench.features.removal import remove
 from workbench.io.checks import as_path
 from workbench.io.errors import WorkbenchError
 from workbench.model.load import Model, load_model
 from workbench.pages.report import Section, section, write_report
 from workbench.recording.record import record
 from workbench.results.registry import find_probe, installed_probes
+from workbench.results.result import load_result, provenance
 from workbench.sae.load import load_sae
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from plotly.graph_objects import Figure
 
+    from workbench.results.probe import Probe
+    from workbench.results.result import Result
     from workbench.store.reader import Store
 
 SITES = ("embed", "resid_post", "z")
@@ -89,9 +94,9 @@ def demo(
 ) -> Path:
     """Records a model on the embedded corpus, extracts features, runs every probe and writes a report.
 
-    Takes a few minutes and 600 MB of disk for the embedded model, more for others. An interrupted
-    run is resumed. Each probe runs on the first store that has the sites it needs; a probe that no store permits is
-    reported and does not stop the others.
+    Takes a few minutes and 600 MB of disk for the embedded model, more for others. An interrupted run is resumed, with
+    the results that it has; a finished one runs its probes anew. Each probe runs on the first store that has the
+    sites it needs; a probe that no store permits is reported and does not stop the others.
 
     Args:
         out: Folder for `demo.acts` (the store, with features), `heads.acts`, `pairs.acts`, `repeats.acts`,
@@ -108,7 +113,7 @@ def demo(
     sae = NAME if sae is None and embedded else sae
     rows = OTHER_ROWS if rows is None and not embedded else rows
     stores = record_stores(loaded, out, ("facts",) if embedded else TASKS, rows, PAIRS if embedded else OTHER_PAIRS)
-    sections = []
+    sections, interrupted = [], not (out / "report.html").exists()
     for store in stores:
         kinds = len({site.name for site in store.manifest.sites})
         print_line(f"recorded        {store.rows:,} tokens of {kinds} sites in {store.path}")
@@ -119,7 +124,8 @@ def demo(
         print_line(f"features        {sections[-1].text[0]}")
     settings = {**SETTINGS, **EMBEDDED_SETTINGS} if embedded else SETTINGS
     for name in (name for name in installed_probes() if name not in WITHOUT):
-        sections.append(_probed(name, settings.get(name, {}), loaded, stores, out / "results" / name))
+        probe, folder = find_probe(name)(**settings.get(name, {})), out / "results" / name
+        sections.append(_probed(probe, loaded, stores, folder, interrupted))
         print_line(f"{name:<15} {sections[-1].text[0]}")
     path = write_report(
         sections,
@@ -243,14 +249,27 @@ def _label_bars(best: pd.DataFrame) -> Figure:
     return figure
 
 
-def _probed(name: str, settings: Mapping[str, Any], model: Model, stores: Sequence[Store], out: Path) -> Section:
+def _probed(probe: Probe, model: Model, stores: Sequence[Store], out: Path, interrupted: bool) -> Section:
     """Runs one probe, saves its result, and returns its section of the report."""
-    probe, refused = find_probe(name)(**settings), []
+    refused = []
     for store in stores:
         try:
-            result = probe.run(store, model=model)
-            result.save(out)
+            result = _saved(out, probe, store) if interrupted else None
+            if result is None:
+                result = probe.run(store, model=model)
+                if out.exists():  # of an earlier run, with other settings perhaps
+                    remove(out)
+                result.save(out)
             return section(result)
         except WorkbenchError as error:
             refused.append(str(error))
-    return Section(title=name, text=[f"not run: {refused[0]}"])
+    return Section(title=probe.name, text=[f"not run: {refused[0]}"])
+
+
+def _saved(out: Path, probe: Probe, store: Store) -> Result | None:
+    """The result of an interrupted run, where it is of the same store, settings and version."""
+    if not (out / "result.json").exists():
+        return None
+    saved, expected = load_result(out), provenance(store, probe)
+    known = {name: saved.provenance.get(name) for name in expected}
+    return saved if json.dumps(known, sort_keys=True) == json.dumps(expected, sort_keys=True) else None
