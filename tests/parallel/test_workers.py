@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,8 +80,12 @@ def wait_for(ready, process) -> None:
 
 def segments(path: Path) -> dict[str, int]:
     """The finished segments, listed or not, by what tells whether one was written anew."""
-    place = path / "segments"
-    return {entry.name: entry.stat().st_ino for entry in place.glob("*") if entry.name.isdecimal()}
+    known = {}
+    for entry in (path / "segments").glob("*"):
+        if entry.name.isdecimal():
+            with suppress(FileNotFoundError):  # one whose writer was killed before it handed it in is written anew
+                known[entry.name] = entry.stat().st_ino
+    return known
 
 
 # ---- shares ------------------------------------------------------------------------------------------------
