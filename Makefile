@@ -68,7 +68,7 @@ docs: $(INSTALLED) ## write the generated pages and pictures under docs/: about 
 	$(BIN)/python -m workbench.experiments.findings
 	$(BIN)/python -m workbench.experiments.pictures
 
-gallery: $(INSTALLED) $(MODELS) ## draw docs/gallery.md: every probe on two models, half an hour on one core
+gallery: $(INSTALLED) $(MODELS) ## draw docs/gallery.md: every probe on two models, more than an hour on one core
 	$(BIN)/python -m workbench.experiments.pictures.gallery
 
 notebooks: $(INSTALLED) ## run the notebooks and keep their outputs in them [NOTEBOOKS=notebooks/steering.ipynb]

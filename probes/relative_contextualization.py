@@ -41,6 +41,7 @@ from workbench.probing import (
     head_grid,
     head_hover,
     head_name,
+    interval_suffix,
     intervals,
     label,
     marginal_excess,
@@ -152,7 +153,7 @@ class RelativeContextualization(LayerProbe):
     def headline(result: Result) -> str:
         """Returns the head with the most rc beside its control, and the tokens with the most attribution."""
         data, best = result.data, result.table.iloc[0]
-        interval = "" if np.isnan(best["rc_low"]) else f", 95 % CI [{best['rc_low']:.2f}, {best['rc_high']:.2f}]"
+        interval = interval_suffix(best["rc_low"], best["rc_high"])
         control = "" if np.isnan(best["rc_other"]) else f", other prompts {best['rc_other']:.2f}"
         text = (
             f"Most relative contextualization: {head_name(int(best['layer']), int(best['head']))}, {best['rc']:.2f} in "

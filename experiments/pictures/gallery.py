@@ -1,8 +1,8 @@
 """Gallery of the documentation: every figure of saved results, on screen and in print.
 
 `python -m workbench.experiments.pictures.gallery` runs every probe on the embedded model and on SmolLM2-135M, which
-takes half an hour of one core, and writes docs/gallery.md with its pictures. An interrupted run goes on. Given folders
-of results, it draws these. It needs a Chrome, which draws about two pictures a second.
+takes more than an hour of one core, and writes docs/gallery.md with its pictures. An interrupted run goes on. Given
+folders of results, it draws these. It needs a Chrome, which draws about two pictures a second.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _DAYS = (" Monday", " Tuesday")
 def make_results(model: str, folder: Path, print_line: Callable[[str], None] = print) -> Path:
     """Runs every probe on a model and returns the folder of the results.
 
-    The embedded model takes a few minutes, SmolLM2-135M about half an hour of one core. What `folder` has already is
+    The embedded model takes a few minutes, SmolLM2-135M more than an hour of one core. What `folder` has already is
     not run again.
 
     Args:

@@ -10,6 +10,7 @@ from workbench.analysis.change_effects import MeasuredRows
 from workbench.analysis.head_ablation import head_ablation
 from workbench.figures.head_grid import head_name
 from workbench.model.load import Model
+from workbench.results.bootstrap import interval_suffix
 from workbench.results.variable import Variable, with_interval
 
 _AXES = ("ablated", "group")
@@ -65,5 +66,4 @@ def ablation_text(data: Mapping[str, np.ndarray], group: int = 0) -> str:
     value, low, high, random = (
         float(data[name][-1, group]) for name in ("ablation", "ablation_low", "ablation_high", "ablation_random")
     )
-    interval = "" if np.isnan(low) else f", 95 % CI [{low:z.2f}, {high:z.2f}]"
-    return f"{value:+z.2f} nats{interval}, random heads {random:+z.2f}"
+    return f"{value:+z.2f} nats{interval_suffix(low, high)}, random heads {random:+z.2f}"

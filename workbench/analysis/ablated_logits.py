@@ -19,6 +19,7 @@ from workbench.model.intervene import intervene
 from workbench.model.load import Model, batch_tokens
 from workbench.model.row_changes import ChosenRows, RowFunction
 from workbench.model.unembed import Unembed
+from workbench.results.bootstrap import interval_suffix
 from workbench.store.reader import Store
 
 Replacement = Literal["zero", "mean"]
@@ -157,7 +158,7 @@ def ablated_logit_text(data: Any, replacement: str) -> str:
     loss, low, high, direct = (
         float(data[name].to_numpy()[term]) for name in ("ablated", "ablated_low", "ablated_high", "direct")
     )
-    interval = "" if np.isnan(low) else f", 95 % CI [{low:z.2f}, {high:z.2f}]"
+    interval = interval_suffix(low, high)
     value = "its mean" if replacement == "mean" else "0"
     name = data["term"].to_numpy()[term]
     return f"with {name} set to {value} it loses {loss:.2f}{interval} (direct contribution there {direct:.2f})"

@@ -57,6 +57,11 @@ class Parallel:
             return Share.from_environment()
         return None if self.workers is None else RayWorkers(self.workers, self.ray_address, self.threads, device)
 
+    def workers_and_device(self, device: str | None) -> tuple[Workers | None, str | None]:
+        """Returns the workers, and the device of the model or SAE that this process loads to plan their work."""
+        workers = self.to_workers(device)
+        return workers, (None if workers is None else workers.planning_device) or device
+
 
 def parse(
     kind: type[_Settings], program: str, arguments: list[str], description: str | None = None

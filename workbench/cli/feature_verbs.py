@@ -69,8 +69,7 @@ class Features:
         if self.out is not None and not self.out.exists():  # what exists is given back, also from a read-only disk
             check_writable(self.out)
         sparsity = None if self.k is None else SPARSITY_RULES[self.sparsity](self.k)
-        workers = self.parallel.to_workers(self.device)
-        device = (None if workers is None else workers.planning_device) or self.device
+        workers, device = self.parallel.workers_and_device(self.device)
         store = open_store(self.store)
         sae = self._neurons(store, device) if self.sae == "neurons" else load_sae(self.sae, self.sae_id, device=device)
         features = extract_features(

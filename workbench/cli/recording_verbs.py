@@ -134,8 +134,7 @@ class Record:
             locate(self.tokenizer, kind="tokenizer")
         if not self.out.exists():  # a finished store is given back, also from a read-only disk
             check_writable(self.out)
-        workers = self.parallel.to_workers(self.device)
-        device = (None if workers is None else workers.planning_device) or self.device
+        workers, device = self.parallel.workers_and_device(self.device)
         sae = self._sae(device)
         model = load_model(
             self.model,
@@ -203,8 +202,7 @@ class Add:
         store = open_store(self.store)
         settings = recording(stored_settings(self.store), sites=self.sites)
         settings = settings if self.dtype is None else recording(settings, dtype=self.dtype)
-        workers = self.parallel.to_workers(self.device)
-        device = (None if workers is None else workers.planning_device) or self.device
+        workers, device = self.parallel.workers_and_device(self.device)
         model = recorded_model(store, self.model, device)
         record(model, None, out=self.store, settings=settings, workers=workers)
         return Info(self.store).run()

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import run, trial_ids
 from workbench.model.passes import unseen_pass
+from workbench.model.rounding import differ_by_rounding
 
 _KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """Layers of transformers' caches that hold keys and values alone, and can be copied for several runs."""
 _BEFORE, _BEHIND = 6, 3  # tokens of the trial
-_EXACT, _ROUNDED = 1e-4, 0.05
-"""Part of the logits that rounding may change, in float32 and in types of 16 bits."""
+_ROUNDED = 1e-4
+"""Part of the logits that rounding may change in float32."""
 
 
 def keys_and_values(module: nn.Module, ids: Int64[Tensor, "prompt position"], *, gradients: bool = False) -> Any | None:
@@ -46,9 +47,6 @@ def continues_from_cache(module: nn.Module) -> bool:
         if cache is None:
             return False
         cache.batch_repeat_interleave(2)
-        behind = run(module, ids[:, _BEFORE:], torch.ones_like(ids), cache=cache).logits.cpu().double()
+        behind = run(module, ids[:, _BEFORE:], torch.ones_like(ids), cache=cache).logits
         whole = run(module, ids, torch.ones_like(ids)).logits[:, _BEFORE:]
-    exact = whole.dtype in (torch.float32, torch.float64) and not getattr(module, "is_quantized", False)
-    whole = whole.cpu().double()
-    size = (whole - whole.mean(-1, keepdim=True)).norm()
-    return bool((behind - whole).norm() <= (_EXACT if exact else _ROUNDED) * size)
+    return differ_by_rounding(module, behind, whole, _ROUNDED)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, input_device, trial_ids
 from workbench.model.passes import unseen_pass
+from workbench.model.rounding import differ_by_rounding
 
 _LENGTHS, _NEW = (6, 9), 2
-_ROUNDED, _ROUNDED_16 = 1e-3, 0.05
-"""Part of the logits that rounding may change, in float32 and in types of 16 bits."""
+_ROUNDED = 1e-3
+"""Part of the logits that rounding may change in float32."""
 
 
 @plain_torch()
@@ -30,10 +31,7 @@ def generates_in_batches(module: nn.Module) -> bool:
     with unseen_pass(module):
         single_logits = torch.cat([_logits(module, [prompt]) for prompt in prompts], 1)
         batch_logits = _logits(module, prompts)
-    exact = module.dtype in (torch.float32, torch.float64) and not getattr(module, "is_quantized", False)
-    single_logits, batch_logits = single_logits.double(), batch_logits.double()
-    size = (single_logits - single_logits.mean(-1, keepdim=True)).norm()
-    return bool((batch_logits - single_logits).norm() <= (_ROUNDED if exact else _ROUNDED_16) * size)
+    return differ_by_rounding(module, batch_logits, single_logits, _ROUNDED)
 
 
 def _logits(module: nn.Module, prompts: Sequence[Tensor]) -> Float[Tensor, "step prompt vocab"]:

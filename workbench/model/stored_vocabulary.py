@@ -27,7 +27,6 @@ from workbench.model.fingerprint import (
     SWITCHES,
     settings_fingerprint,
     tokenizer_definition,
-    tokenizer_fingerprint,
     tokenizer_settings,
 )
 from workbench.model.load import Model
@@ -147,7 +146,7 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]
     settings = tokenizer_settings(tokenizer)
     try:
         definition = tokenizer_definition(tokenizer)
-        key = (type(tokenizer), tokenizer_fingerprint(tokenizer), settings_fingerprint(tokenizer))
+        key = (type(tokenizer), sha256_bytes(definition.encode()), settings_fingerprint(tokenizer))
         if key not in _RESTORED:
             twin = _tokenizer(definition, settings)
             _RESTORED[key] = tokenizer_definition(twin) == definition and same_tokens(tokenizer, twin)

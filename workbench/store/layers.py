@@ -23,6 +23,9 @@ from workbench.store.row_array import RowArray
 if TYPE_CHECKING:
     from workbench.store.reader import ActivationArray, Store
 
+ANEW = "record it anew with all sites that are needed, into another out"
+"""Advice for a store to which no site can be added."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayeredArray(RowArray):
@@ -100,10 +103,6 @@ def select_layers(path: Path, manifest: Manifest, kind: str, layers: slice | Seq
     if not chosen:
         raise RequestError(f"{layers} selects no layer of {kind}; the model has layers 0 to {len(all_layers) - 1}")
     return tuple(chosen)
-
-
-ANEW = "record it anew with all sites that are needed, into another out"
-"""Advice for a store to which no site can be added."""
 
 
 def not_recorded(path: Path, manifest: Manifest, label: str) -> RequestError:
