@@ -7,6 +7,7 @@ import pytest
 import torch
 from gradient_oracle import gradients_of
 from refusals import refused
+from warned import warned
 
 import workbench as wb
 from workbench.cli.main import main
@@ -139,6 +140,17 @@ def test_chosen_rows_and_interventions_go_with_gradients(model, store, tmp_path)
     )
     assert float(zeroed["grad.z.1"][:].abs().max()) == 0  # nothing that it writes comes through
     assert float(zeroed["grad.resid_post.0"][:].abs().max()) > 0
+
+
+def test_texts_without_a_next_token_are_told(model, tmp_path):
+    ids, loss = [[5], [6, 7, 8], [9]], wb.NextTokenLoss()
+    with warned("2 of 3 sequences have one token and no next one; their gradients are 0"):
+        store = wb.record(model, ids, sites=["resid_post.0"], gradient_of=loss, show_progress=False)
+    silent = (store["grad.resid_post.0"][:] == 0).all(-1)
+    assert silent.tolist() == [True, False, False, True, True]  # 8, too, predicts nothing
+    call = lambda: wb.record(model, ids[::2], gradient_of=loss, out=tmp_path / "s", show_progress=False)  # noqa: E731
+    assert "every text has one token, so none has a next one" in refused(RequestError, call)
+    assert not (tmp_path / "s").exists()
 
 
 def test_bad_metrics_are_refused_in_one_line(model, tmp_path):

@@ -26,7 +26,7 @@ from workbench.model.logit_metrics import Metric
 from workbench.model.stored_model import model_record
 from workbench.recording.choosing import choose_rows, chosen_digest, chosen_rows, chosen_segments
 from workbench.recording.segment_changes import RecordedChanges, plan_changes
-from workbench.recording.segment_gradients import check_metric, gradient_record
+from workbench.recording.segment_gradients import check_metric, check_next_tokens, gradient_record
 from workbench.sites.grammar import Site
 from workbench.sites.settings import Recording
 from workbench.store.manifest import Manifest, ModelRecord, Part, SiteRecord
@@ -169,8 +169,8 @@ def plan_tokens(plan: RecordingPlan, model: Model, texts: Texts, folder: Path, s
     """Reads the texts and tokenizes them into sequences, in files in `folder`.
 
     Raises:
-        RequestError: Texts that cannot be read, token ids that are not the model's, texts without a tokenizer, or no
-            tokens at all.
+        RequestError: Texts that cannot be read, token ids that are not the model's, texts without a tokenizer, no
+            tokens at all, or no next token under a loss.
     """
     settings, tokenizer = plan.settings, model.tokenizer
     documents = read_documents(
@@ -181,6 +181,7 @@ def plan_tokens(plan: RecordingPlan, model: Model, texts: Texts, folder: Path, s
     with progress("tokenizing", None, "tokens", show=show_progress) as advance:
         layout = Layout(plan.context, plan.added, settings.packed, settings.max_rows, model.vocab)
         sequences = plan_sequences(documents, tokenizer, layout, folder, advance)
+    check_next_tokens(plan.gradient_of, sequences.lengths)
     choose_rows(settings, model, sequences, folder)
     return sequences
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ from workbench.recording.segment_changes import chosen_by_table
 from workbench.sites.grammar import Site, gradient_name
 from workbench.store.manifest import SiteRecord
 
+_LOG = logging.getLogger(__name__)
+
 
 def check_metric(model: Model, metric: Metric | None, sites: Sequence[Site]) -> None:
     """Refuses a metric that a model cannot give, or for which no site is stored.
@@ -41,6 +44,25 @@ def check_metric(model: Model, metric: Metric | None, sites: Sequence[Site]) -> 
     if not sites:
         raise RequestError("gradient_of: no site is stored; name sites, whose gradients are stored beside them")
     _Ids(model).of(metric)
+
+
+def check_next_tokens(metric: Metric | None, lengths: Int[np.ndarray, " sequence"]) -> None:
+    """Warns of sequences of one token under a loss of the next one: they have none, and gradients of exactly 0.
+
+    Raises:
+        RequestError: No sequence has a next token.
+    """
+    alone = int((lengths == 1).sum())
+    if not isinstance(metric, NextTokenLoss) or not alone:
+        return
+    if alone == len(lengths):
+        raise RequestError(
+            "gradient_of: every text has one token, so none has a next one; give longer texts, or a metric of a token "
+            "that you name, such as wb.LogProbability"
+        )
+    _LOG.warning(
+        f"gradient_of: {alone:,} of {len(lengths):,} sequences have one token and no next one; their gradients are 0"
+    )
 
 
 def gradient_record(site: SiteRecord) -> SiteRecord:
