@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae import choice, encode, screen
+from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import Above, AbsTopK, TopK
 from workbench.sae.encode import NotFinite, encoder
 from workbench.sae.load import load_sae
@@ -153,6 +154,25 @@ def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
         encode(x, lengths)
 
 
+def small_blocks(monkeypatch, size=1):
+    """Lets blocks have 64 rows, or up to `size` bytes."""
+    monkeypatch.setattr(encode, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(encode, "_ENOUGH_ROWS", 1)
+
+
+def test_a_block_of_a_wide_autoencoder_has_512_rows_up_to_100_mib(tmp_path, monkeypatch):
+    sae = saved(tmp_path / "sae", "topk")
+
+    known = {precision: encoder(sae, precision=precision) for precision in PRECISIONS}
+
+    def rows(width, precision):
+        monkeypatch.setattr(Sae, "d_sae", width)
+        return known[precision].block_rows
+
+    assert [rows(width, "float32") for width in (16_384, 24_576, 49_152, 65_536, 10**6)] == [640, 512, 512, 400, 64]
+    assert [rows(width, "bfloat16") for width in (16_384, 24_576, 49_152, 131_072, 10**6)] == [1280, 853, 512, 400, 64]
+
+
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
     blocks = []
@@ -160,11 +180,11 @@ def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(choice.Linear, "pre", lambda self, x, out=None: blocks.append(len(x)) or plain(self, x, out))
     whole = encoder(sae, precision="float32")(X)
     assert blocks == [150]
-    monkeypatch.setattr(encode, "_BLOCK_BYTES", 4 * D_SAE * 70)
+    small_blocks(monkeypatch, 4 * D_SAE * 70)
     again = encoder(sae, precision="float32")(X)
     assert blocks == [150, 50, 50, 50]
     assert_same(matrix(whole), torch.from_numpy(matrix(again)))
-    monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
+    small_blocks(monkeypatch)
     assert encoder(sae, precision="float32").block_rows == 64
     assert_same(matrix(encoder(sae, precision="bfloat16")(X)), sae.encode(X))
 
@@ -232,7 +252,7 @@ def test_rows_that_bounds_do_not_settle_are_soon_encoded_without(tmp_path, monke
     """Every feature the same: no bound tells them apart. After one block none is tried for 4 blocks, then for 8, also
     across calls; when bounds pay off, they stay."""
     sae = planted(tmp_path / "sae", "topk", np.hstack([np.ones((8, 200)), -np.eye(8)]), k=7)
-    monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)
+    small_blocks(monkeypatch)
     tried = []
     plain = screen.Screen.extended
     monkeypatch.setattr(screen.Screen, "extended", lambda self, x, norm: tried.append(len(x)) or plain(self, x, norm))
@@ -392,7 +412,7 @@ def test_a_row_that_is_not_finite_is_named(architecture, tmp_path):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES[:-1], *TRANSCODERS])
 def test_features_that_are_not_finite_are_named_by_row(architecture, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_BLOCK_BYTES", 1)  # several blocks: the row is that of all rows
+    small_blocks(monkeypatch)  # several blocks: the row is that of all rows
     sae = saved(tmp_path / "sae", architecture)
     x = X.clone()
     x[131] *= 3e38 / 10
