@@ -38,7 +38,8 @@ class Encoding:
     encoder, reads stored float16 rows, encodes, writes segments, merges and indexes; SAELens reads the first 2,048 of
     the same rows in blocks of 1,024, and its features stay in memory.
     Without fast bfloat16, the product in that type is measured on 4 rows, and its targets are out of reach: everything
-    is computed in float32, no faster than that product.
+    is computed in float32, no faster than that product. ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 limits torch
+    to what such a CPU has.
 
     Tried for such CPUs and not kept: selection by products of whole numbers up to 90 (FBGEMM's int8; beyond that pairs
     of products saturate in 16 bits on AVX2), with the same bound. Its product takes 340 to 370 µs a row on one core

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -205,10 +206,11 @@ def _resident(field: str) -> float:
 
 
 def processor() -> str:
-    """Returns the processor's name, as Linux reports it."""
+    """Returns the processor's name, as Linux reports it, and the instructions that torch is limited to."""
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")
+    return (models[0] if models else platform.machine()) + (f" limited to {limit.upper()}" if limit else "")
 
 
 def _number(x: float) -> str:

@@ -157,10 +157,10 @@ def test_temporal_autoencoders_read_sequences(lengths, options, tmp_path):
 def small_blocks(monkeypatch, size=1):
     """Lets blocks have 64 rows, or up to `size` bytes."""
     monkeypatch.setattr(encode, "_BLOCK_BYTES", size)
-    monkeypatch.setattr(encode, "_ENOUGH_ROWS", 1)
+    monkeypatch.setattr(encode, "_FEATURE_BYTES", 0)
 
 
-def test_a_block_of_a_wide_autoencoder_has_512_rows_up_to_100_mib(tmp_path, monkeypatch):
+def test_a_block_of_a_wide_autoencoder_takes_up_to_80_mib(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
 
     known = {precision: encoder(sae, precision=precision) for precision in PRECISIONS}
@@ -169,8 +169,8 @@ def test_a_block_of_a_wide_autoencoder_has_512_rows_up_to_100_mib(tmp_path, monk
         monkeypatch.setattr(Sae, "d_sae", width)
         return known[precision].block_rows
 
-    assert [rows(width, "float32") for width in (16_384, 24_576, 49_152, 65_536, 10**6)] == [640, 512, 512, 400, 64]
-    assert [rows(width, "bfloat16") for width in (16_384, 24_576, 49_152, 131_072, 10**6)] == [1280, 853, 512, 400, 64]
+    assert [rows(width, "float32") for width in (16_384, 24_576, 49_152, 65_536, 10**6)] == [640, 426, 425, 320, 64]
+    assert [rows(width, "bfloat16") for width in (16_384, 24_576, 49_152, 131_072, 10**6)] == [1280, 853, 850, 320, 64]
 
 
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):
@@ -238,8 +238,15 @@ def test_lower_precision_asked_of_torch_changes_nothing(way, tmp_path):
 
 def test_precision_is_the_devices(tmp_path, monkeypatch):
     sae = saved(tmp_path / "sae", "topk")
-    for capabilities, screened in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda answer=capabilities: answer, raising=False)
+    for features, capability, screened in (
+        ({}, "AVX512", False),
+        ({"avx512_bf16": True}, "AVX512", True),
+        ({"amx_bf16": True}, "AVX512", True),
+        ({"amx_bf16": True, "avx512_bf16": True}, "AVX2", False),  # ATEN_CPU_CAPABILITY=avx2
+        ({"bf16": True}, "DEFAULT", True),  # ARM
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda answer=features: answer, raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda answer=capability: answer)
         assert fast_bfloat16(torch.device("cpu")) is screened
         assert (encoder(sae).screen is not None) is screened
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
@@ -309,7 +316,11 @@ def test_a_choice_out_of_range_is_refused(tmp_path):
 
 
 @given(
-    rows=st.integers(1, 4), features=st.integers(1, 900), share=st.floats(0, 1), few=st.booleans(), seed=st.integers(0)
+    rows=st.sampled_from([1, 2, 5, 130]),
+    features=st.integers(1, 900),
+    share=st.floats(0, 1),
+    few=st.booleans(),
+    seed=st.integers(0),
 )
 @settings(max_examples=50, deadline=None)
 def test_the_largest_are_numpys(rows, features, share, few, seed):

@@ -79,7 +79,7 @@ def extract_features(
         site: The site to read, or a list of several. None: those that the SAE was trained on.
         name: Folder under the store's `features/`. None: made of the site and the SAE's name.
         out: Another folder, instead of `name`.
-        batch_rows: Rows encoded at a time. None: four dense blocks of 40 to 100 MiB or 64 rows each; for a temporal SAE
+        batch_rows: Rows encoded at a time. None: four dense blocks of 40 to 80 MiB or 64 rows each; for a temporal SAE
             the sequences that fit, at least one.
         dtype: Stored type of activations: float32, or float16, where values beyond its range are clipped and counted.
         sparsity: Rule that selects pre-activations above 0: TopK(k) in each row, MutualChoice(k) or FeatureChoice(k)

@@ -64,10 +64,16 @@ def device_for_float64(device: torch.device) -> torch.device:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Returns True if the device multiplies bfloat16 faster than float32."""
+    """Returns True if the device multiplies bfloat16 faster than float32.
+
+    On a CPU whose vector instructions the user limits (ATEN_CPU_CAPABILITY), it does not.
+    """
     import torch  # takes seconds
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    names = ["bf16", "sve_bf16"]
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        names += ["amx_bf16", "avx512_bf16"]
+    return device.type == "cpu" and any(features.get(name) for name in names)

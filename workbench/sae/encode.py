@@ -34,8 +34,8 @@ from workbench.sae.selection import Entries, Experience, choose, merge, screened
 
 _LOG = logging.getLogger(__name__)
 
-_BLOCK_BYTES, _MOST_BLOCK_BYTES = 40 << 20, 100 << 20  # of pre-activations or their bounds on a CPU
-_ENOUGH_ROWS = 512  # of a block on a CPU: each block reads all weights, which takes 5 % of its time; see _room
+_BLOCK_BYTES, _MOST_BLOCK_BYTES = 40 << 20, 80 << 20  # of pre-activations or their bounds on a CPU
+_FEATURE_BYTES = 1_700  # the same for each feature: each block reads all weights, which 200 rows do not pay for
 _ACCELERATOR_BLOCK_BYTES = 512 << 20
 _FEW_ROWS = 2  # on a CPU: so few take less time without bounds
 _LEAST_ROWS = 64  # with fewer, reading the weights dominates the product
@@ -85,7 +85,7 @@ class Encoder:
         """Returns the sparse features of `rows`; leading axes after the first (heads) are flattened.
 
         Cost: one product with the encoder. Memory: the rows in float32, their features, and one dense block of 40 to
-        100 MiB (512 MiB on an accelerator) or of 64 rows, whichever is larger; for a temporal autoencoder one sequence.
+        80 MiB (512 MiB on an accelerator) or of 64 rows, whichever is larger; for a temporal autoencoder one sequence.
 
         Args:
             rows: Activations on any device.
@@ -136,12 +136,10 @@ class Encoder:
         return min(self._room(2 if self.screen else 4), self.experience.most_rows)
 
     def _room(self, width: int) -> int:
-        """Number of rows in a block of numbers of this many bytes: those of a wide autoencoder take more memory."""
-        row_bytes = width * self.sae.d_sae
-        if self.sae.device.type != "cpu":
-            return max(_LEAST_ROWS, _ACCELERATOR_BLOCK_BYTES // row_bytes)
-        enough = min(_ENOUGH_ROWS, _MOST_BLOCK_BYTES // row_bytes)
-        return max(_LEAST_ROWS, enough, _BLOCK_BYTES // row_bytes)
+        """Number of rows in a block of numbers of this many bytes."""
+        room = min(_MOST_BLOCK_BYTES, max(_BLOCK_BYTES, _FEATURE_BYTES * self.sae.d_sae))
+        room = room if self.sae.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
+        return max(_LEAST_ROWS, room // (width * self.sae.d_sae))
 
     def _sizes(self, rows: int, lengths: Sequence[int] | None) -> list[int]:
         """Rows per block: whole sequences if needed, else nearly equal numbers, as a small last block is slow."""

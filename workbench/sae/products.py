@@ -18,6 +18,7 @@ from workbench.sae.kernels import kernels_for
 _GATHER_BYTES = 32 << 20
 _PART_INPUTS = 768
 _CHUNK_BYTES = 1 << 20  # of bounds on a CPU: what is read twice stays in the second cache
+_GROUP, _ROWS = 8, 64  # on a CPU, of `top`: features in a group, and rows at a time
 
 
 def input_parts(weight: Float32[Tensor, "d_in feature"]) -> tuple[Float32[Tensor, "feature _"], ...]:
@@ -100,9 +101,16 @@ def top(pre: Float[Tensor, "row feature"], k: int) -> tuple[Float[Tensor, "row k
     The k largest values all lie in the k groups with the largest maxima, so `torch.topk` runs on few candidates and
     only the maximum, which runs at memory speed, reads everything.
     """
-    size = group_size(pre.shape[1], k)
-    if size is None:
+    size, rows = (_GROUP, _ROWS) if pre.device.type == "cpu" else (group_size(pre.shape[1], k), len(pre))
+    if size is None or pre.shape[1] < 2 * k * size:
         return pre.topk(k, dim=1, sorted=False)
+    value, feature = zip(*(_top_of_groups(part, k, size) for part in pre.split(max(1, rows))), strict=True)
+    return torch.cat(value), torch.cat(feature)
+
+
+def _top_of_groups(
+    pre: Float[Tensor, "row feature"], k: int, size: int
+) -> tuple[Float[Tensor, "row k"], Int64[Tensor, "row k"]]:
     maxima = group_maxima(pre, size)
     groups = maxima.shape[1]
     _, chosen = maxima.topk(k, dim=1, sorted=False)
