@@ -63,4 +63,5 @@ def test_runs_from_right_to_left_are_reversed():
     assert visual_order(["a", " ", "ש", "ל", " ", "ם", ".", "b"]) == [0, 1, 5, 4, 3, 2, 6, 7]
     assert visual_order(["مر", "حبا", " 12"]) == [1, 0, 2]
     assert visual_order(["a", "b"]) == [0, 1]
+    assert visual_order(["a", "ש", CONTINUED, "ל", CONTINUED]) == [0, 4, 3, 2, 1]  # its second half, too
     assert visual_order([]) == []

@@ -32,12 +32,23 @@ def readable_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def visual_order(tokens: Sequence[str]) -> list[int]:
-    """Returns the indices of tokens from left to right: runs from right to left (Arabic, Hebrew) are reversed.
+    """Returns the indices of tokens from left to right: runs from right to left (Arabic, Hebrew) are reversed."""
+    order = list(range(len(tokens)))
+    for run in right_to_left_runs(tokens):
+        order[run] = reversed(order[run])
+    return order
 
-    Tokens without letters (spaces, digits, punctuation) inside of a run belong to it.
+
+def right_to_left_runs(tokens: Sequence[str]) -> list[slice]:
+    """Returns the runs of tokens that are read from right to left (Arabic, Hebrew).
+
+    Tokens without letters (spaces, digits, punctuation) inside of a run belong to it, and "↪" to the token before.
     """
     directions = [_direction(token) for token in tokens]
-    order, place = list(range(len(tokens))), 0
+    for place, token in enumerate(tokens[1:], 1):
+        if token == CONTINUED:
+            directions[place] = directions[place - 1]
+    runs, place = [], 0
     while place < len(tokens):
         if directions[place] != "R":
             place += 1
@@ -47,9 +58,9 @@ def visual_order(tokens: Sequence[str]) -> list[int]:
             end += 1
         while directions[end - 1] != "R":
             end -= 1
-        order[place:end] = reversed(order[place:end])
+        runs.append(slice(place, end))
         place = end
-    return order
+    return runs
 
 
 def _joined(tokens: Sequence[str], first: int) -> tuple[int, str]:
