@@ -91,6 +91,15 @@ def token_strip(
     return _lay_out(ThemedFigure(heat, layout), lines, positions, line)
 
 
+def full_colour(values: Float[np.ndarray, " token"]) -> float:
+    """Returns the absolute value from which on the colour of a token is full: the 99 % quantile.
+
+    At most 100 values have no meaningful quantile: their maximum. Values that are not finite do not count.
+    """
+    size = np.abs(values[np.isfinite(values)])
+    return float(np.quantile(size, _QUANTILE)) if len(size) > 100 else float(size.max(initial=0))
+
+
 def is_strip(figure: go.Figure) -> bool:
     """Returns True for a figure that `token_strip` drew."""
     return isinstance(figure.layout.meta, Mapping) and "strip" in figure.layout.meta
@@ -169,10 +178,8 @@ def _lines(tokens: Sequence[str], line: int) -> list[list[int]]:
 
 
 def _limits(values: Float[np.ndarray, " token"], signed: bool) -> tuple[float, float]:
-    """The ends of the colours. Values of at most 100 tokens have no quantile worth the name: their extremes."""
-    finite = values[np.isfinite(values)]
-    size = np.abs(finite)
-    end = float(np.quantile(size, _QUANTILE)) if len(size) > 100 else float(size.max(initial=0))
+    """The ends of the colours."""
+    finite, end = values[np.isfinite(values)], full_colour(values)
     low, high = max(-end, float(finite.min(initial=0))), min(end, float(finite.max(initial=0)))
     if signed:
         low, high = -max(-low, high), max(-low, high)
