@@ -199,7 +199,7 @@ function showFound(model, results, report) {
     press("", line, "underline", () => addUnderline(model, feature, report), `underline feature ${feature}`);
   }
   const status = all > found.length ? `${found.length} of ${count(all, "feature")}` : all ? count(all, "feature") : "no feature has these words";
-  results.replaceChildren(list, make("span", "foot", null, status));
+  results.replaceChildren(list, make("span", "remark", null, status));
 }
 
 // ---- key and pinned selections -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ function showKey(model, key, fill, lines) {
     return part;
   });
   key.replaceChildren(first, ...others);
-  if (lines.length > 1) make("div", "foot", key, "underlines count from above; a token with several has several active features");
+  if (lines.length > 1) make("div", "remark", key, "underlines count from above; a token with several has several active features");
 }
 
 function showPins(model, list) {
