@@ -12,14 +12,17 @@ from jaxtyping import Float
 from workbench.figures.markup import escape, inert
 from workbench.figures.readable import readable_tokens, right_to_left_runs
 from workbench.figures.safe_text import visible
-from workbench.figures.theme import CATEGORIES
+from workbench.figures.theme import CATEGORIES, MONOSPACE
 
 HUES = (*CATEGORIES[:4], CATEGORIES[5])
 """Colours of underlines: those of the theme that are legible on white and on dark pages alike."""
 
 _TOKEN_LENGTH = 40
 _ABOVE, _BELOW = "230,125,15", "30,120,200"
-_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;max-width:60rem;unicode-bidi:isolate"
+_TEXT = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;max-width:60rem;unicode-bidi:isolate;"
+    f"font-family:{MONOSPACE};font-size:13px"
+)
 _WHOLE = "display:inline-block;margin:0 1px;white-space:pre;unicode-bidi:isolate;line-height:1.5"
 _BACKWARD = (
     "margin:0 1px;white-space:pre;line-height:1.5"  # of one run with its neighbours: digits read from left to right
@@ -107,7 +110,7 @@ class TokenPicture:
         title = f"{self.places[index]}: {'; '.join(values)}"
         yield f'<span title="{escape(title)}" style="{style}">'
         yield escape(self.tokens.texts[index])
-        yield f"<sup>{','.join(map(str, pins))}</sup>" if pins else ""
+        yield f"<sup style='font-size:9px;line-height:0'>{','.join(map(str, pins))}</sup>" if pins else ""
         yield "</span>"
 
     def _underline(self, index: int) -> str:

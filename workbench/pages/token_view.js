@@ -230,7 +230,7 @@ function showKey(model, key, fill, lines) {
     return part;
   });
   key.replaceChildren(first, ...others);
-  if (lines.length > 1) make("div", "remark", key, "underlines count from above; a token with several has several active features");
+  if (lines.length > 1) make("div", "remark", key, "underlines are numbered from top to bottom; a token that is active in several features has several");
 }
 
 function showPins(model, list) {
