@@ -400,7 +400,7 @@ function render({ model, el }) {
     report("");
     paint();
   };
-  const handlers = [["loaded", reload], ["found", features.show], ["search", features.show]];
+  const handlers = [["loaded", reload], ...["found", "found_count", "search"].map((name) => [name, features.show])];
   handlers.push(...["layer", "feature", "colour", "selected", "underlined", "pinned"].map((name) => [name, paint]));
   handlers.forEach(([name, handler]) => model.on(`change:${name}`, handler));
   reload();
