@@ -289,7 +289,7 @@ function describe(model, { data, fill, lines, pins }, index, message, buttons) {
   message.textContent = [
     `${data.texts[index]}${piece ? `  token ${piece}` : ""}  row ${row}, position ${model.get("positions")[index]}`,
     ...(fill.values.length ? [`${byFeature(model) ? fill.name : model.get("measure")}: ${short(fill.values[index])}`] : []),
-    ...lines.map(({ name, values }) => `${name}: ${short(values[index])}`),
+    ...lines.filter(({ name }) => name !== fill.name).map(({ name, values }) => `${name}: ${short(values[index])}`),
     ...(numbersOfPins ? [`pinned ${numbersOfPins.join(", ")}`] : []),
   ].join(", ");
   const active = [];
