@@ -182,6 +182,10 @@ def test_a_picture_underlines_several_features(store, features):
         alphas = np.array([float(match[1]) if match else 0.35 for match in drawn])
         shares = np.minimum(1, dense[:, feature] / view.feature_scales[feature])
         np.testing.assert_allclose(alphas, 0.35 + 0.65 * shares, atol=2e-3)
+    view.colour, view.feature = "feature", first
+    titles = [token["title"] for token in token_spans(view._picture())]
+    place = f"row {view.rows[1]}, position 1: "
+    assert titles[1] == f"{place}{dense[1, first]:.4g}; feature {second}: {dense[1, second]:.4g}"  # each value once
 
 
 @pytest.mark.parametrize("hue", HUES)

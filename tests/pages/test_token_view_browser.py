@@ -170,6 +170,10 @@ def test_several_features_are_underlined_each_in_its_own_colour(store, features,
         page.mouse(".token:nth-child(3)", "move")
         page.wait(f"{STATUS}.includes('feature {second}: ')", 10)
         assert f"feature {first}: {dense[2, first]:.4g}" in page.run(STATUS)
+        enter(page, "[name=feature_number]", str(first))
+        page.mouse(".token:nth-child(4)", "move")
+        page.wait(f"{STATUS}.includes('position 3, ')", 10)
+        assert page.run(STATUS).count(f"feature {first}: ") == 1  # filled and underlined, described once
         enter(page, "[name=feature_number]", str(third))
         page.run("[...document.querySelectorAll('.control button')].find((b) => b.textContent === 'underline').click()")
         assert page.run("window.sent.underlined") == [first, second, third]

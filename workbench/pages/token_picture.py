@@ -99,10 +99,8 @@ class TokenPicture:
         """One token as an element, with its values in the title and the numbers of its pinned selections."""
         inside = any(first <= index < stop for first, stop in self.tokens.backward)
         value, pins = float(self.fill.values[index]), self.pins[index]
-        values = [
-            number_text(value),
-            *(f"{part.name}: {number_text(float(part.values[index]))}" for part in self.underlines),
-        ]
+        others = [part for part in self.underlines if part.name != self.fill.name]
+        values = [number_text(value), *(f"{part.name}: {number_text(float(part.values[index]))}" for part in others)]
         strength = fill_strength(value, self.fill.full)
         outline = "outline:2px solid" if self.selected[index] else "outline:1px dotted" if pins else ""
         colour = f"background-color:rgba({_BELOW if value < 0 else _ABOVE},{strength:.3f})" if strength else ""
