@@ -21,7 +21,6 @@ from workbench.sae.choice import Above, AbsTopK, TopK
 from workbench.sae.encode import NotFinite, encoder
 from workbench.sae.load import load_sae
 from workbench.sae.precision import PRECISIONS
-from workbench.sae.products import top
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 D_IN, D_SAE = 24, 500
@@ -313,26 +312,6 @@ def test_a_choice_out_of_range_is_refused(tmp_path):
     edit_config(tmp_path / "sae", k=501)
     text = refused(DataError, lambda: load_sae(tmp_path / "sae", device="cpu"))
     assert text == "SAE 'sae': k is 501, but it has only 500 features; correct its settings"
-
-
-@given(
-    rows=st.sampled_from([1, 2, 5, 130]),
-    features=st.integers(1, 900),
-    share=st.floats(0, 1),
-    few=st.booleans(),
-    seed=st.integers(0),
-)
-@settings(max_examples=50, deadline=None)
-def test_the_largest_are_numpys(rows, features, share, few, seed):
-    """Few values: ties everywhere, also among groups."""
-    random = np.random.default_rng(seed)
-    k = 1 + int(share * min(features - 1, 60))
-    pre = random.integers(0, 3, (rows, features)) if few else random.normal(size=(rows, features))
-    pre = torch.from_numpy(pre.astype(np.float32))
-    value, place = top(pre, k)
-    assert np.array_equal(np.sort(value, 1), np.sort(pre, 1)[:, features - k :])
-    assert torch.equal(pre.gather(1, place), value)
-    assert all(len(set(line.tolist())) == k for line in place)
 
 
 # ---- rows made to go wrong --------------------------------------------------------------------------------
