@@ -16,7 +16,6 @@ from scipy.sparse import csr_array
 from workbench.io.errors import DataError, RequestError
 from workbench.io.torch_state import fast_bfloat16
 from workbench.sae import choice, encode, screen
-from workbench.sae.autoencoder import Sae
 from workbench.sae.choice import Above, AbsTopK, TopK
 from workbench.sae.encode import NotFinite, encoder
 from workbench.sae.load import load_sae
@@ -157,19 +156,6 @@ def small_blocks(monkeypatch, size=1):
     """Lets blocks have 64 rows, or up to `size` bytes."""
     monkeypatch.setattr(encode, "_BLOCK_BYTES", size)
     monkeypatch.setattr(encode, "_FEATURE_BYTES", 0)
-
-
-def test_a_block_of_a_wide_autoencoder_takes_up_to_80_mib(tmp_path, monkeypatch):
-    sae = saved(tmp_path / "sae", "topk")
-
-    known = {precision: encoder(sae, precision=precision) for precision in PRECISIONS}
-
-    def rows(width, precision):
-        monkeypatch.setattr(Sae, "d_sae", width)
-        return known[precision].block_rows
-
-    assert [rows(width, "float32") for width in (16_384, 24_576, 49_152, 65_536, 10**6)] == [640, 426, 425, 320, 64]
-    assert [rows(width, "bfloat16") for width in (16_384, 24_576, 49_152, 131_072, 10**6)] == [1280, 853, 850, 320, 64]
 
 
 def test_rows_come_in_blocks_of_bounded_size(tmp_path, monkeypatch):

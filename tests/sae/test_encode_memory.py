@@ -1,4 +1,4 @@
-"""Blocks of rows that do not fit in the memory of an accelerator, played by the CPU."""
+"""Memory of blocks of rows: of wide autoencoders, and where it does not suffice, played by the CPU."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from sae_example import save_sae
 
 from workbench.sae import choice, encode, screen
+from workbench.sae.autoencoder import Sae
 from workbench.sae.encode import OUT_OF_MEMORY, encoder
 from workbench.sae.load import load_sae
 from workbench.sae.precision import PRECISIONS
@@ -31,6 +32,19 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(precision, tmp_path, 
     assert messages == ["cpu ran out of memory with 150 rows in a block; the blocks are halved"]
     for name in ("indptr", "feature", "value"):
         torch.testing.assert_close(getattr(encoded, name), getattr(expected, name), rtol=0, atol=1e-5)
+
+
+def test_a_block_of_a_wide_autoencoder_takes_up_to_80_mib(tmp_path, monkeypatch):
+    sae = load_sae(save_sae(tmp_path / "sae", "topk", d_in=12, d_sae=100), device="cpu")
+
+    known = {precision: encoder(sae, precision=precision) for precision in PRECISIONS}
+
+    def rows(width, precision):
+        monkeypatch.setattr(Sae, "d_sae", width)
+        return known[precision].block_rows
+
+    assert [rows(width, "float32") for width in (16_384, 24_576, 49_152, 65_536, 10**6)] == [640, 426, 425, 320, 64]
+    assert [rows(width, "bfloat16") for width in (16_384, 24_576, 49_152, 131_072, 10**6)] == [1280, 853, 850, 320, 64]
 
 
 def test_a_row_that_does_not_fit_ends_in_the_error(tmp_path, monkeypatch):
