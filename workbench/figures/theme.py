@@ -108,7 +108,7 @@ def _paper_template() -> go.layout.Template:
             "margin": {"l": 4, "r": 4, "t": 6, "b": 4},
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "font": small, "itemwidth": 30, "tracegroupgap": 0}
+            "legend": {"orientation": "h", "font": small, "itemwidth": 30, "tracegroupgap": 0, "maxheight": 1}
             | {"yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0.01, "xanchor": "left"},
         },
         data={
