@@ -369,7 +369,7 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
         value = page["value"]
         assert {*page["requests"]} <= {(tmp_path / file).as_uri() for file in ("plotly.min.js", f"{name}.html")}, name
         assert value["drawn"] > 0, name
-        assert value["scripts"] == 2 + (name == "sinks-attention"), name  # plotly's and the figure's
+        assert value["scripts"] == 2, name  # plotly's and the figure's
         assert (value["links"], value["hacked"]) == (0, None), name
         assert not {"iframe", "img", "object", "foreignobject"} & set(value["tags"]), name
         assert "store <b>$x$.acts" in value["text"], name

@@ -1,6 +1,7 @@
 "use strict";
 // What figures can do besides plotly's own: fit a page of any width, show a head for each small picture.
 const NARROW = 520; // pixels: below, the key of a figure stands below its plot
+const TITLED = 760; // pixels that a title beside plotly's buttons needs
 const CHARACTER = 6.8; // width at 12 to 13 pixels
 const [KEY, KEY_LINE] = [48, 19]; // pixels of a line and its gap before a name, and of a line of names
 const [PANEL, SIDES, TICK, LABEL] = [220, 110, 34, 14]; // least width of a panel, what stands beside panels, a tick, a turned label
@@ -30,6 +31,9 @@ function wrapGrid({ data, layout }, room) {
     if (part === "cells") {
       const stacked = { z: stack(numbersOf(trace.z), null, 1), x: range(line), y: range(lines * height) };
       for (const name of ["text", "customdata"]) if (trace[name]) stacked[name] = stack(trace[name], "", 1);
+      // beside cells plotly would take more room for the bar than there is above them, and squeeze the rows
+      const bar = { ...trace.colorbar, yref: "container", y: 1, yanchor: "top", title: { ...trace.colorbar.title, side: "right" } };
+      if (!layout.title?.text) stacked.colorbar = bar;
       return { ...trace, ...stacked };
     }
     if (part === "marks") {
@@ -50,8 +54,13 @@ function wrapGrid({ data, layout }, room) {
   const yaxis = { ...layout.yaxis, range: [-0.6, lines * height - 1.4],
     tickvals: starts.flatMap((start) => shown.map(([number]) => start + number)),
     ticktext: starts.flatMap(() => shown.map(([, name]) => name)) };
-  const size = { width: Math.max(280, line * width + 100), height: layout.height + (lines - 1) * height * row };
-  return { data: wrapped, layout: { ...layout, ...size, yaxis, xaxis: { ...layout.xaxis, range: [-0.5, line - 0.5] } } };
+  const least = layout.title?.text ? Math.min(TITLED, room) : 280;
+  const wide = Math.max(least, line * width + 100);
+  const key = layout.showlegend && wide < NARROW ? KEY_LINE : 0; // its two names stand below each other
+  const margin = { ...layout.margin, b: (layout.margin?.b ?? 60) + key };
+  const size = { width: wide, height: layout.height + (lines - 1) * height * row + key, margin };
+  const xaxis = { ...layout.xaxis, range: [-0.5, (wide - 100) / width - 0.5] };
+  return { data: wrapped, layout: { ...layout, ...size, yaxis, xaxis } };
 }
 
 // A figure for `room` pixels: a grid of tokens in lines that fit, a figure that may shrink below NARROW with its key below.
@@ -144,7 +153,8 @@ function namesBelow(axis, room) {
   return [{ ...axis, ticktext, tickangle: -90 }, Math.max(...ticktext.map(longestLine)) * CHARACTER - 20];
 }
 
-function narrowFigure({ data: drawn, layout }, room, fullWidth) {
+function narrowFigure({ data: drawn, layout: given }, room, fullWidth) {
+  const layout = { xaxis: {}, yaxis: {}, ...given };
   const [width, panels] = narrowWidth(drawn, layout, room, fullWidth);
   const key = keyBelow(drawn, layout, width);
   const margin = { ...layout.margin, l: 48, ...(panels === 1 && { r: 14 }) };
@@ -195,4 +205,25 @@ function watchHeads(plot) {
     const head = plot.data.slice(0, heads).findIndex((trace) => trace.name === button.label);
     if (head >= 0) kept = head; // from the menu of heads
   });
+}
+
+// Plotly's buttons, without its logo; a phone has no room for them.
+const optionsFor = (room) => ({ displaylogo: false, showTips: false, ...(room < 480 && { displayModeBar: false }) });
+
+// A grid of tokens without its title, for a page whose caption has it.
+function untitled({ data, layout }) {
+  if (!layout.meta?.grid) return { data, layout };
+  return { data, layout: { ...layout, title: undefined, height: layout.height - layout.margin.t + 64, margin: { ...layout.margin, t: 64 } } };
+}
+
+// Draws a figure in `plot`, as wide as the window allows, now and when that changes.
+function showFigure(plot, figure) {
+  const draw = () => {
+    const room = plot.parentElement.clientWidth;
+    const { data, layout } = fitFigure(room < NARROW ? untitled(figure) : figure, room, figure);
+    Plotly.react(plot, data, layout, optionsFor(room)).then(() => watchHeads(plot));
+  };
+  let waiting;
+  addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 150); });
+  draw();
 }
