@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from tests.support.browser import draw_for_print, overlapping, text_boxes
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.paper import to_paper
-from workbench.figures.theme import INCH
+from workbench.figures.theme import INCH, TEMPLATE
 from workbench.figures.ticks import log_ticks
 from workbench.figures.token_grid import Marks, token_grid
 from workbench.figures.token_strip import token_strip
@@ -93,6 +95,9 @@ def test_logarithmic_axes_in_print():
     axis = to_paper(short)[0].layout.xaxis
     assert (axis.tickvals, axis.ticktext) == ((5, 10, 20, 50), ("5", "10", "20", "50"))
     assert to_paper(short.update_xaxes(range=[0, 4]))[0].layout.xaxis.dtick == 1
+    doubled = go.Figure(go.Scatter(x=lengths, y=lengths)).update_xaxes(type="log", dtick=np.log10(2))
+    assert to_paper(doubled)[0].layout.xaxis.dtick == np.log10(2)
+    assert to_paper(doubled.update_xaxes(dtick=0.05))[0].layout.xaxis.tickvals == (5, 10, 20, 50)
     named = short.update_xaxes(tickvals=lengths, ticktext=list(map(str, lengths)))
     assert to_paper(named)[0].layout.xaxis.ticktext == ("4", "8", "16", "32", "64")
 
@@ -120,3 +125,17 @@ def test_the_axis_states_that_some_labels_are_left_out():
     assert omitted == ["labels of the x axis, all but one in 3"]
     assert printed.layout.xaxis.title.text == "token (1 in 3 labelled)"
     assert to_paper(figure, 2)[0].layout.xaxis.title.text in ("token", "token (1 in 2 labelled)")
+
+
+def test_numbers_have_no_prefixes_of_units(tmp_path):
+    """Probabilities of 10µ and counts of 20k are no usual notation."""
+    points = go.Scatter(y=[0, 2e-5], mode="markers", marker={"color": [0, 3e-5], "showscale": True, "cmax": 3e-5})
+    figures = [go.Figure(go.Heatmap(z=[[0, 2e-5]])), go.Figure(points), go.Figure(go.Bar(y=[30_000]))]
+    figures += [go.Figure(go.Scatter(y=[1e-7, 2e-7]))]
+    drawn = [figure for part in figures for figure in (part.update_layout(template=TEMPLATE), to_paper(part)[0])]
+    drawn = [go.Figure(figure).update_layout(width=312, height=250) for figure in drawn]
+    boxes = text_boxes(draw_for_print(drawn, tmp_path), tmp_path)
+    texts = [[text for text, *_ in found] for found in boxes]
+    assert not [text for found in texts for text in found if re.search("[µnkM]", text)]
+    assert all(found & {"0.00001", "0.00002", "30,000"} for found in map(set, texts[:6]))
+    assert all(any("10−7" in text.replace("\u200b", "") for text in found) for found in texts[6:]), texts[6:]

@@ -25,6 +25,7 @@ _TALL_ROW, _FEW_ROWS = 28 * POINT, 4  # matrices of few rows: the colour bar nee
 _GRID_MARGIN = 1.1 * INCH  # around the cells of a matrix: titles, labels of layers, the colour bar
 _PLOT_MARGIN = 0.75 * INCH  # the same without labels
 _SHORT_LABEL = 3  # characters: labels of an x axis that need not be turned
+_LOG_TICKS = 8  # of a logarithmic axis whose figure sets their distance
 _ASPECT = 0.68  # height by width of a plot without categories
 
 
@@ -172,12 +173,15 @@ def _thin(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
 
 
 def _tick_log(axis: go.layout.XAxis, figure: go.Figure) -> None:
-    """Ticks at powers of ten, for which print has room, and of less than two decades at 1, 2 and 5 times these."""
+    """Ticks that the figure sets if they are few, else powers of ten, for less than two decades also 2 and 5 times."""
     if axis.tickvals is not None:
         return
     values = [x for x in _numbers(axis, figure) if x > 0]
-    low, high = [10.0**end for end in axis.range] if axis.range else (min(values, default=1), max(values, default=1))
-    axis.update(dtick=1)
+    ends = [10.0**end for end in axis.range] if axis.range else [min(values, default=1), max(values, default=1)]
+    low, high = float(min(ends)), float(max(ends))
+    if isinstance(axis.dtick, Real) and math.log10(high / low) <= _LOG_TICKS * axis.dtick:
+        return
+    axis.dtick = 1
     if ticks := log_ticks(low, high):
         axis.update(tickmode="array", tickvals=ticks, ticktext=[f"{value:,g}" for value in ticks], dtick=None)
 
