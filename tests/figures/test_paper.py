@@ -12,6 +12,7 @@ from tests.support.browser import draw_for_print, overlapping, text_boxes
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.paper import to_paper
 from workbench.figures.theme import INCH, TEMPLATE
+from workbench.figures.themed import ThemedFigure, themed
 from workbench.figures.ticks import log_ticks
 from workbench.figures.token_grid import Marks, token_grid
 from workbench.figures.token_strip import token_strip
@@ -98,8 +99,19 @@ def test_logarithmic_axes_in_print():
     doubled = go.Figure(go.Scatter(x=lengths, y=lengths)).update_xaxes(type="log", dtick=np.log10(2))
     assert to_paper(doubled)[0].layout.xaxis.dtick == np.log10(2)
     assert to_paper(doubled.update_xaxes(dtick=0.05))[0].layout.xaxis.tickvals == (5, 10, 20, 50)
+    beside = short.update_xaxes(domain=[0.9, 1], range=None)
+    assert to_paper(beside)[0].layout.xaxis.ticktext == ("5", "50")
+    short.update_xaxes(domain=None)
     named = short.update_xaxes(tickvals=lengths, ticktext=list(map(str, lengths)))
     assert to_paper(named)[0].layout.xaxis.ticktext == ("4", "8", "16", "32", "64")
+
+
+def test_ticks_between_powers_of_ten_are_numbers(tmp_path):
+    lengths = [4, 8, 16, 32, 64]
+    figure = ThemedFigure(go.Scatter(x=lengths, y=lengths), {"xaxis": {"type": "log", "dtick": float(np.log10(2))}})
+    screen = themed(figure).update_layout(width=400, height=300)
+    boxes = text_boxes(draw_for_print([screen, to_paper(figure)[0]], tmp_path), tmp_path)
+    assert all({"4", "8", "16", "32", "64"} <= {text for text, *_ in texts} for texts in boxes)
 
 
 def test_words_of_a_strip_and_whole_layers(tmp_path):

@@ -230,6 +230,10 @@ def test_alternative_text_of_colours():
     marker = {"color": [0.1, 0.9], "colorbar": {"title": {"text": "share"}}}
     points = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], mode="markers", marker=marker)).update_xaxes(title="head")
     assert alt_text(points) == "Dot plot of head. 2 values (share) from 0.1 at 3, head 1 to 0.9 at 4, head 2."
+    beside = alt_text(SHAPES["beside"]())
+    assert "4 rows (layer): 0 to 3, 12 columns (head): 0 to 11. 48 values (alpha (attention)) from 0 at" in beside
+    assert "at layer 0, head 0." in beside
+    assert "columns (input token): <s> to b." in alt_text(grid(["<s>", "b"]))
     several = alt_text(long_titles())
     assert "9 rows: 0 to 8, 9 columns (key): 0 to 8. 243 values (share) from 0 at after the feed-forward" in several
 

@@ -80,8 +80,8 @@ def alt_text(figure: go.Figure) -> str:
     drawn = list(dict.fromkeys(map(_kind, traces)))
     axes = " by ".join(_titles(layout))
     text = (" and ".join(drawn) or "Empty figure") + (f" of {axes}" if axes else "") + "."
-    columns = [_trace_columns(layout, trace) | {"cells": trace.type == "heatmap"} for trace in traces]
-    if coloured := _colours(columns, [", ".join(titles) for titles in _axis_titles(layout)], _unit(traces)):
+    columns = [_trace_columns(layout, trace) | _about(layout, trace) for trace in traces]
+    if coloured := _colours(columns, _unit(traces)):
         return text + coloured
     if not any(trace.showlegend is not False or trace.type == "heatmap" for trace in traces):
         return text
@@ -99,7 +99,14 @@ def _kind(trace: BaseTraceType) -> str:
     return {"heatmap": "Heat map", "bar": "Bar chart"}.get(trace.type, trace.type)
 
 
-def _colours(columns: Sequence[Mapping[str, Any]], titles: Sequence[str], unit: str) -> str:
+def _about(layout: Mapping[str, Any], trace: BaseTraceType) -> dict[str, Any]:
+    """Whether a trace has rows and columns, and the titles of its axes; panels inside share those at the edge."""
+    shared = dict(zip("yx", map(", ".join, _axis_titles(layout)), strict=True))
+    own = {name: plain(_axis(layout, trace, name).get("title", {}).get("text") or "") for name in "yx"}
+    return {"cells": trace.type == "heatmap", "titles": {name: own[name] or shared[name] for name in "yx"}}
+
+
+def _colours(columns: Sequence[Mapping[str, Any]], unit: str) -> str:
     """Rows, columns, count, range and extremes of the values that are encoded as colour; "" without any."""
     parts = [part for part in columns if "value" in part and np.isfinite(part["value"]).any()]
     if not parts:
@@ -111,10 +118,10 @@ def _colours(columns: Sequence[Mapping[str, Any]], titles: Sequence[str], unit: 
     ends = []
     for part, index in ((lowest, np.nanargmin(lowest["value"])), (highest, np.nanargmax(highest["value"]))):
         place = [_name(part)] if len(names) > 1 else []
-        for axis, title in zip("yx", titles, strict=True):
+        for axis, title in part["titles"].items():
             place += [f"{title} {_place(part, axis, int(index))}".strip()] if axis in part else []
         ends.append(f"{part['value'][index]:.3g} at {', '.join(place)}")
-    sides = [_side(parts[0], axis, title) for axis, title in zip("yx", titles, strict=True)]
+    sides = [_side(parts[0], axis, title) for axis, title in parts[0]["titles"].items()]
     shape = f" {', '.join(sides)}." if all(sides) else ""
     values = f"{count:,} values{f' ({unit})' if unit else ''}"
     if np.nanmax(highest["value"]) == (only := np.nanmin(lowest["value"])):
@@ -190,7 +197,9 @@ def _number(value: Any) -> float:
 def _place(points: Mapping[str, Any], axis: str, index: int) -> str:
     """Where a point lies on an axis: its label, or its coordinate."""
     labels = points.get(f"{axis}_label")
-    value = (labels[index] if labels else None) or points[axis][index]
+    if labels and labels[index]:
+        return labels[index]  # plain already
+    value = points[axis][index]
     if isinstance(value, str):
         return plain(value)
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)

@@ -17,7 +17,7 @@ from workbench.figures.paper_sizes import CHARACTER, MAX_ROWS, ROW, TICK, TITLE,
 from workbench.figures.paper_tokens import has_tokens, tokens_to_paper
 from workbench.figures.safe_text import plain
 from workbench.figures.theme import COLUMNS, INCH, PAPER, POINT
-from workbench.figures.ticks import log_ticks
+from workbench.figures.ticks import log_ticks, write_out_log_ticks
 from workbench.io.errors import RequestError
 
 _MAX_MATRIX_ROWS = 45.0  # of `ROW` height
@@ -25,7 +25,6 @@ _TALL_ROW, _FEW_ROWS = 28 * POINT, 4  # matrices of few rows: the colour bar nee
 _GRID_MARGIN = 1.1 * INCH  # around the cells of a matrix: titles, labels of layers, the colour bar
 _PLOT_MARGIN = 0.75 * INCH  # the same without labels
 _SHORT_LABEL = 3  # characters: labels of an x axis that need not be turned
-_LOG_TICKS = 8  # of a logarithmic axis whose figure sets their distance
 _ASPECT = 0.68  # height by width of a plot without categories
 
 
@@ -54,8 +53,7 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
     omitted += [*_remove_menus(copy), *_set_traces(copy, width)]
     copy.update_annotations(font={"size": TICK})
     _wrap_panel_titles(copy, width)
-    for axis in copy.select_xaxes(lambda axis: axis.type == "log"):
-        _tick_log(axis, copy)
+    write_out_log_ticks(copy)
     copy.update_xaxes(tickfont={"size": TICK})
     copy.update_yaxes(tickfont={"size": TICK})
     for axis in copy.select_xaxes():
@@ -64,6 +62,7 @@ def to_paper(figure: go.Figure, columns: int = 1) -> tuple[go.Figure, list[str]]
     labels = max((_label_width(axis, copy, "y") for axis in copy.select_yaxes()), default=0)
     inner_width = width - max(_GRID_MARGIN, labels + _PLOT_MARGIN)
     for axis in copy.select_xaxes():
+        _tick_log(axis, copy, inner_width)
         _thin(axis, copy, inner_width)
         _fit_names(axis, copy, inner_width)
     return copy, [*omitted, *_thin_labels(copy, inner_width, _set_height(copy, width))]
@@ -172,17 +171,20 @@ def _thin(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
         axis.tickangle = 0
 
 
-def _tick_log(axis: go.layout.XAxis, figure: go.Figure) -> None:
-    """Ticks that the figure sets if they are few, else powers of ten, for less than two decades also 2 and 5 times."""
-    if axis.tickvals is not None:
+def _tick_log(axis: go.layout.XAxis, figure: go.Figure, width: float) -> None:
+    """Ticks of the figure if they fit, else powers of ten, for less than two decades also 2 and 5 times these."""
+    if axis.type != "log" or axis.tickvals is not None:
         return
     values = [x for x in _numbers(axis, figure) if x > 0]
     ends = [10.0**end for end in axis.range] if axis.range else [min(values, default=1), max(values, default=1)]
     low, high = float(min(ends)), float(max(ends))
-    if isinstance(axis.dtick, Real) and math.log10(high / low) <= _LOG_TICKS * axis.dtick:
+    room = width * (axis.domain[1] - axis.domain[0] if axis.domain else 1)
+    if isinstance(axis.dtick, Real) and math.log10(high / low) / axis.dtick * 3 * TICK <= room:
         return
     axis.dtick = 1
     if ticks := log_ticks(low, high):
+        needed = sum(len(f"{value:,g}") * CHARACTER + 0.8 for value in ticks) * TICK
+        ticks = ticks if needed <= room else [ticks[0], ticks[-1]]
         axis.update(tickmode="array", tickvals=ticks, ticktext=[f"{value:,g}" for value in ticks], dtick=None)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 
 def integer_step(values: Iterable[Any], count: int = 12) -> int | None:
@@ -30,3 +32,10 @@ def log_ticks(low: float, high: float) -> list[float] | None:
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     values = [float(f"{step}e{decade}") for decade in decades for step in (1, 2, 5)]
     return [value for value in values if low * 0.999 <= value <= high * 1.001]
+
+
+def write_out_log_ticks(figure: go.Figure) -> None:
+    """Writes ticks that lie between powers of ten as numbers: plotly rounds 16 to "2x10" where it writes powers."""
+    for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+        if axis.type == "log" and isinstance(axis.dtick, Real) and axis.dtick % 1 and not axis.tickformat:
+            axis.tickformat = "~g"
