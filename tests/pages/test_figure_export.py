@@ -198,38 +198,6 @@ def test_caption_and_alternative_text():
     assert alt_text(curves([str(n) for n in range(11)])).endswith("; and 3 more.")
     assert "a one, line 0 from 0 at 0 to 2 at 2; b two, line 1 from 1 at 0 to 2 at 2" in alt_text(panels())
     assert alt_text(go.Figure()) == "Empty figure."
-
-
-@pytest.mark.parametrize(
-    ("title", "expected"),
-    [
-        ("a0 (1 - a0)", "a0 (1 - a0)."),
-        ("k tokens", "k tokens."),
-        ("p(x) by layer", "p(x) by layer."),
-        ("resid_post 3", "resid_post 3."),
-        ("a sink", "A sink."),
-        ("top-1 accuracy.", "Top-1 accuracy."),
-        ("été 2", "Été 2."),
-        ("Does the model repeat the token?", "Does the model repeat the token?"),
-        ("and more…", "And more…"),
-    ],
-)
-def test_a_caption_keeps_symbols_and_has_no_second_mark(title, expected):
-    assert caption(go.Figure().update_layout(title={"text": title})) == expected
-
-
-def test_alternative_text_of_colours():
-    bar = {"title": {"text": "logits"}}
-    heat = go.Figure(go.Heatmap(z=[[0.5, np.nan], [-2, 3]], x=["a", "b"], y=[4, 7], colorbar=bar))
-    assert alt_text(heat) == (
-        "Heat map. 2 rows: 4 to 7, 2 columns: a to b. 3 values (logits) from -2 at 7, a to 3 at 7, b."
-    )
-    assert alt_text(go.Figure(go.Heatmap(z=[[1.0, np.nan, 1]], y=["one"]))) == (
-        "Heat map. 1 row: one, 3 columns: 0 to 2. 2 values, all 1."
-    )
-    marker = {"color": [0.1, 0.9], "colorbar": {"title": {"text": "share"}}}
-    points = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], mode="markers", marker=marker)).update_xaxes(title="head")
-    assert alt_text(points) == "Dot plot of head. 2 values (share) from 0.1 at 3, head 1 to 0.9 at 4, head 2."
     beside = alt_text(SHAPES["beside"]())
     assert "4 rows (layer): 0 to 3, 12 columns (head): 0 to 11. 48 values (alpha (attention)) from 0 at" in beside
     assert "at layer 0, head 0." in beside

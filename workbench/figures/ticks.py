@@ -36,6 +36,7 @@ def log_ticks(low: float, high: float) -> list[float] | None:
 
 def write_out_log_ticks(figure: go.Figure) -> None:
     """Writes ticks that lie between powers of ten as numbers: plotly rounds 16 to "2x10" where it writes powers."""
+    axis: Any
     for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
         if axis.type == "log" and isinstance(axis.dtick, Real) and axis.dtick % 1 and not axis.tickformat:
             axis.tickformat = "~g"

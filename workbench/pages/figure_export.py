@@ -197,7 +197,8 @@ def can_shrink(figure: Figure) -> bool:
     layout: Any = figure.layout
     cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
     heads = isinstance(layout.meta, Mapping) and "heads" in layout.meta
-    panels = {axis.domain for axis in figure.select_xaxes()}
+    axes: Any = figure.select_xaxes()
+    panels = {axis.domain for axis in axes}
     return not (cells or heads or len(panels) > _PANELS)
 
 
