@@ -12,7 +12,7 @@ from plotly import io
 
 from workbench.figures.contrast import in_dark_notebook
 from workbench.figures.layer_curves import layer_curves
-from workbench.figures.theme import TEMPLATE
+from workbench.figures.theme import CATEGORIES, DARK_PAGE, TEMPLATE, to_dark
 from workbench.figures.themed import DARK_FILTER, ThemedFigure, is_style, themed
 
 
@@ -79,3 +79,30 @@ def test_figures_share_no_template():
 )
 def test_colours_in_a_dark_notebook(colour, screen_colour):
     assert in_dark_notebook(colour) == screen_colour
+
+
+@pytest.mark.parametrize(
+    ("colour", "dark"),
+    [
+        *(
+            (black, "#f2f4f7")
+            for black in ("black", "#000", "#000000", "Black", "rgb(0, 0, 0)", "rgba(0,0,0,1)", "#333")
+        ),
+        *((other, other) for other in ("white", "#fff", "red", "rgba(0,0,0,0)", "rgba(0,0,0,0.2)", CATEGORIES[0])),
+        *((other, other) for other in ("#000080", "#808080")),
+    ],
+)
+def test_no_literal_colour_is_black_on_a_dark_page(colour, dark):
+    figure = go.Figure(go.Scatter(y=[1], marker={"color": [colour], "line": {"color": colour}}, text="black"))
+    figure.update_xaxes(linecolor=colour).add_annotation(text="black", font={"color": colour})
+    drawn = to_dark(figure)
+    assert drawn.data[0].marker.color == (dark,)
+    assert drawn.data[0].marker.line.color == drawn.layout.xaxis.linecolor == dark
+    assert drawn.layout.annotations[0].font.color == dark
+    assert (drawn.data[0].text, drawn.layout.annotations[0].text) == ("black", "black")
+
+
+def test_a_white_background_is_the_page_on_a_dark_page():
+    light = go.Figure().update_layout(paper_bgcolor="white", plot_bgcolor="#FFFFFF", legend={"bgcolor": "#0072b2"})
+    layout = to_dark(light).layout
+    assert (layout.paper_bgcolor, layout.plot_bgcolor, layout.legend.bgcolor) == (DARK_PAGE, DARK_PAGE, "#0072b2")

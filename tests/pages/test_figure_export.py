@@ -190,11 +190,20 @@ def test_units_title_an_axis():
 def test_caption_and_alternative_text():
     assert caption(grid(["a", "b"])) == "A title. More of it."
     assert caption(go.Figure()) == ""
-    assert alt_text(grid(["a", "b"])) == "Heat map of layer by input token. 4 values from 0 to 1, the largest at 1, b."
+    assert alt_text(grid(["a", "b"])) == (
+        "Heat map of layer by input token. 2 rows (layer): 0 to 1, 2 columns (input token): a to b. 4 values "
+        "(probability) from 0 at layer 0, input token a to 1 at layer 1, input token b."
+    )
     assert alt_text(curves()) == "Line chart of nats by layer. one from 1 at 0 to 4 at 2; two from 2 at 0 to 5 at 2."
     assert alt_text(curves([str(n) for n in range(11)])).endswith("; and 3 more.")
     assert "a one, line 0 from 0 at 0 to 2 at 2; b two, line 1 from 1 at 0 to 2 at 2" in alt_text(panels())
     assert alt_text(go.Figure()) == "Empty figure."
+    beside = alt_text(SHAPES["beside"]())
+    assert "4 rows (layer): 0 to 3, 12 columns (head): 0 to 11. 48 values (alpha (attention)) from 0 at" in beside
+    assert "at layer 0, head 0." in beside
+    assert "columns (input token): <s> to b." in alt_text(grid(["<s>", "b"]))
+    several = alt_text(long_titles())
+    assert "9 rows: 0 to 8, 9 columns (key): 0 to 8. 243 values (share) from 0 at after the feed-forward" in several
 
 
 # Numbers

@@ -98,7 +98,7 @@ def test_a_figure_is_its_data_and_its_title_is_text(tmp_path):
     assert drawn["width"] == 900
     assert "A title and more" in page.text
     labels = [about.get("aria-label", "") for _, about in page.elements]
-    assert any("2 values from 0.25 to 0.5" in label for label in labels)
+    assert any("2 values from 0.25 at" in label for label in labels)
 
 
 def test_on_a_dark_page_a_figure_is_the_dark_one(tmp_path):

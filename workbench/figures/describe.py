@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,18 +60,28 @@ def caption(figure: go.Figure) -> str:
     """Returns title and subtitle as sentences, or "" where there are none."""
     parts = [figure.layout.title.text, figure.layout.title.subtitle.text]
     sentences = [plain(part).rstrip(".") for part in parts if part]
-    return " ".join(f"{part[:1].upper()}{part[1:]}." for part in sentences)
+    return " ".join(_capitalised(part) + "." * (part[-1:] not in ("?", "!", "…")) for part in sentences)
+
+
+def _capitalised(text: str) -> str:
+    """The text with a capital if it begins with a word; symbols (`a0`, `k`, `p(x)`) and names of sites stay."""
+    word = re.match(r"[^\W\d_]+(?![\w(])", text)
+    return text[:1].upper() + text[1:] if word and (len(word[0]) > 1 or word[0] == "a") else text
 
 
 def alt_text(figure: go.Figure) -> str:
-    """Returns the alternative text: kind of chart, axes, and the ends and extremes of each series."""
+    """Returns the alternative text: kind of chart, axes, and what a reader without the picture needs of the values.
+
+    For lines, bars and points these are the ends and extremes of each series; for values encoded as colour the rows and
+    columns with their ends, the range, and where the smallest and the largest value are.
+    """
     flat = _unwrapped(figure)
     traces, layout = drawn_traces(flat), flat.layout.to_plotly_json()
     drawn = list(dict.fromkeys(map(_kind, traces)))
     axes = " by ".join(_titles(layout))
     text = (" and ".join(drawn) or "Empty figure") + (f" of {axes}" if axes else "") + "."
-    columns = [_trace_columns(layout, trace) for trace in traces]
-    if coloured := _colours(columns):
+    columns = [_trace_columns(layout, trace) | _about(layout, trace) for trace in traces]
+    if coloured := _colours(columns, _unit(traces)):
         return text + coloured
     if not any(trace.showlegend is not False or trace.type == "heatmap" for trace in traces):
         return text
@@ -88,17 +99,57 @@ def _kind(trace: BaseTraceType) -> str:
     return {"heatmap": "Heat map", "bar": "Bar chart"}.get(trace.type, trace.type)
 
 
-def _colours(columns: Sequence[Mapping[str, Any]]) -> str:
-    """Count, range and place of the largest of the values that are encoded as colour; "" without any."""
+def _about(layout: Mapping[str, Any], trace: BaseTraceType) -> dict[str, Any]:
+    """Whether a trace has rows and columns, and the titles of its axes; panels inside share those at the edge."""
+    shared = dict(zip("yx", map(", ".join, _axis_titles(layout)), strict=True))
+    own = {name: plain(_axis(layout, trace, name).get("title", {}).get("text") or "") for name in "yx"}
+    return {"cells": trace.type == "heatmap", "titles": {name: own[name] or shared[name] for name in "yx"}}
+
+
+def _colours(columns: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """Rows, columns, count, range and extremes of the values that are encoded as colour; "" without any."""
     parts = [part for part in columns if "value" in part and np.isfinite(part["value"]).any()]
     if not parts:
         return ""
     count = sum(np.count_nonzero(~np.isnan(part["value"])) for part in parts)
-    smallest = min(np.nanmin(part["value"]) for part in parts)
-    most = max(parts, key=lambda part: np.nanmax(part["value"]))
-    place = int(np.nanargmax(most["value"]))
-    at = ", ".join(_place(most, axis, place) for axis in "yx" if axis in most)
-    return f" {count:,} values from {smallest:.3g} to {most['value'][place]:.3g}, the largest at {at}."
+    lowest = min(parts, key=lambda part: np.nanmin(part["value"]))
+    highest = max(parts, key=lambda part: np.nanmax(part["value"]))
+    names = {name for part in parts if (name := _name(part))}
+    ends = []
+    for part, index in ((lowest, np.nanargmin(lowest["value"])), (highest, np.nanargmax(highest["value"]))):
+        place = [_name(part)] if len(names) > 1 else []
+        for axis, title in part["titles"].items():
+            place += [f"{title} {_place(part, axis, int(index))}".strip()] if axis in part else []
+        ends.append(f"{part['value'][index]:.3g} at {', '.join(place)}")
+    sides = [_side(parts[0], axis, title) for axis, title in parts[0]["titles"].items()]
+    shape = f" {', '.join(sides)}." if all(sides) else ""
+    values = f"{count:,} values{f' ({unit})' if unit else ''}"
+    if np.nanmax(highest["value"]) == (only := np.nanmin(lowest["value"])):
+        return f"{shape} {values}, all {only:.3g}."
+    return f"{shape} {values} from {ends[0]} to {ends[1]}."
+
+
+def _side(part: Mapping[str, Any], axis: str, title: str) -> str:
+    """Number of the rows or columns of a heat map and the names of the first and the last; "" for points."""
+    if not part["cells"]:
+        return ""
+    places = dict.fromkeys(_place(part, axis, index) for index in range(len(part[axis])))
+    size = len(dict.fromkeys(part[axis]))
+    kind = ("row" if axis == "y" else "column") + "s" * (size != 1)
+    ends = list(places)[:: max(1, len(places) - 1)]
+    return f"{size:,} {kind}{f' ({title})' if title else ''}: {' to '.join(ends)}"
+
+
+def _unit(traces: Sequence[BaseTraceType]) -> str:
+    """What colour stands for: the first title of a colour bar, as plain text."""
+    marked = [trace if trace.type == "heatmap" else getattr(trace, "marker", None) for trace in traces]
+    bars = [getattr(part, "colorbar", None) for part in marked]
+    return next((plain(bar.title.text) for bar in bars if bar is not None and bar.title.text), "")
+
+
+def _name(part: Mapping[str, Any]) -> str:
+    """Panel and series of a trace."""
+    return ", ".join(name for name in (part["panel"], part["series"]) if name)
 
 
 def _series(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, list[Any]]]]:
@@ -108,8 +159,7 @@ def _series(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, l
         size = max((len(part[axis]) for axis in "xy" if axis in part), default=0)
         if not size:
             continue
-        name = ", ".join(name for name in (part["panel"], part["series"]) if name)
-        points = series.setdefault(name, {axis: [] for axis in ("x", "x_label", "y", "y_label", "low", "high")})
+        points = series.setdefault(_name(part), {axis: [] for axis in ("x", "x_label", "y", "y_label", "low", "high")})
         for axis, values in points.items():
             values += list(part.get(axis, [None] * size))
     return list(series.items())
@@ -147,7 +197,9 @@ def _number(value: Any) -> float:
 def _place(points: Mapping[str, Any], axis: str, index: int) -> str:
     """Where a point lies on an axis: its label, or its coordinate."""
     labels = points.get(f"{axis}_label")
-    value = (labels[index] if labels else None) or points[axis][index]
+    if labels and labels[index]:
+        return labels[index]  # plain already
+    value = points[axis][index]
     if isinstance(value, str):
         return plain(value)
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
@@ -155,12 +207,18 @@ def _place(points: Mapping[str, Any], axis: str, index: int) -> str:
 
 def _titles(layout: Mapping[str, Any]) -> list[str]:
     """Axis titles of the y axes and of the x axes, where there are any."""
+    return [", ".join(texts) for texts in _axis_titles(layout) if texts]
+
+
+def _axis_titles(layout: Mapping[str, Any]) -> list[list[str]]:
+    """Axis titles of the y axes and of the x axes, each once."""
     titles = []
     for name in ("yaxis", "xaxis"):
         numbers = sorted(int(key.removeprefix(name) or 1) for key in layout if key.startswith(name))
         axes = [layout[f"{name}{number if number > 1 else ''}"] for number in numbers]
-        titles.append(dict.fromkeys(plain(text) for axis in axes if (text := axis.get("title", {}).get("text"))))
-    return [", ".join(texts) for texts in titles if texts]
+        texts = [plain(text) for axis in axes if (text := axis.get("title", {}).get("text"))]
+        titles.append(list(dict.fromkeys(texts)))
+    return titles
 
 
 def _axis(layout: Mapping[str, Any], trace: BaseTraceType, name: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ page.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,8 +70,12 @@ _DARK_MARKERS = [[0, "#3f86bd"], [1, "#e3f0fa"]]
 _DARK_MASKED = "#3a404c"
 
 
+NUMBERS = {"exponentformat": "power", "minexponent": 5, "separatethousands": True}
+"""Ticks of axes and colour bars: 20,000 and 0.00001, and powers of ten beyond; plotly's own are 20k and 10µ."""
+
+
 def _template(ink: str, grid: str, page: str) -> go.layout.Template:
-    axis = {"gridcolor": grid, "linecolor": ink, "ticks": "outside", "zeroline": False, "automargin": True}
+    axis = {"gridcolor": grid, "linecolor": ink, "ticks": "outside", "zeroline": False, "automargin": True, **NUMBERS}
     axis |= {"title": {"standoff": 8}}  # by the width that labels really have: those of logarithmic axes are wide
     return go.layout.Template(
         layout={
@@ -86,8 +91,17 @@ def _template(ink: str, grid: str, page: str) -> go.layout.Template:
             "hoverlabel": {"font": {"family": MONOSPACE, "size": 12}, "align": "left"},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
             "updatemenudefaults": {"bgcolor": page, "bordercolor": grid, "font": {"color": ink}},
-        }
+            "coloraxis": {"colorbar": NUMBERS},
+        },
+        data=_bars(NUMBERS),
     )
+
+
+def _bars(bar: dict[str, Any]) -> dict[str, Any]:
+    """Colour bars of the traces of a template."""
+    return {"heatmap": [{"colorbar": bar}], "scatter": [{"marker": {"colorbar": bar}}]} | {
+        "bar": [{"marker": {"colorbar": bar}}]
+    }
 
 
 def _paper_template() -> go.layout.Template:
@@ -95,8 +109,15 @@ def _paper_template() -> go.layout.Template:
     text, small = {"size": 8 * POINT}, {"size": 7 * POINT}
     axis = {"gridcolor": GRID, "gridwidth": 0.5 * POINT, "linecolor": INK, "linewidth": 0.5 * POINT, "ticks": "outside"}
     axis |= {"ticklen": 2 * POINT, "tickwidth": 0.5 * POINT, "zeroline": False, "automargin": True, "tickfont": small}
-    axis |= {"title": {"font": text, "standoff": 3 * POINT}}
-    bar = {"thickness": 5 * POINT, "outlinewidth": 0, "ticklen": 2 * POINT, "tickfont": small, "title": {"font": text}}
+    axis |= {"title": {"font": text, "standoff": 3 * POINT}, **NUMBERS}
+    bar = {
+        **NUMBERS,
+        "thickness": 5 * POINT,
+        "outlinewidth": 0,
+        "ticklen": 2 * POINT,
+        "tickfont": small,
+        "title": {"font": text},
+    }
     error = {"thickness": 0.5 * POINT, "width": 1.5 * POINT}
     line, marker = {"line": {"width": POINT}}, {"marker": {"size": 3 * POINT}}
     return go.layout.Template(
@@ -108,7 +129,7 @@ def _paper_template() -> go.layout.Template:
             "margin": {"l": 4, "r": 4, "t": 6, "b": 4},
             "xaxis": axis,
             "yaxis": axis,
-            "legend": {"orientation": "h", "font": small, "itemwidth": 30, "tracegroupgap": 0}
+            "legend": {"orientation": "h", "font": small, "itemwidth": 30, "tracegroupgap": 0, "maxheight": 1}
             | {"yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0.01, "xanchor": "left"},
         },
         data={
@@ -156,15 +177,43 @@ def _dark(value: Any, key: str = "") -> Any:
         return {name: _dark(part, name) for name, part in value.items()}
     if key == "colorscale":
         return _DARK_SCALES.get(_scale(value), value)
-    if key in ("color", "") and isinstance(value, str):
-        return _DARK_COLOURS.get(value, value)
+    if isinstance(value, str):
+        return _dark_colour(value, key)
     return [_dark(part, key) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _dark_colour(colour: str, key: str) -> str:
+    """A colour on a dark page: black and greys near it are the colour of text, and a white background is the page."""
+    if key in ("color", "") and colour in _DARK_COLOURS:
+        return _DARK_COLOURS[colour]
+    parts = _parts(colour) if key.endswith("color") else None
+    if parts is None:
+        return colour
+    if key.endswith("bgcolor"):
+        return DARK_PAGE if min(parts) >= _WHITE else colour
+    return _DARK_COLOURS[TEXT] if max(parts) <= _BLACK and max(parts) - min(parts) <= _GREY else colour
+
+
+def _parts(colour: str) -> tuple[int, ...] | None:
+    """Red, green and blue of an opaque colour of plotly; None for what is none, and for most names."""
+    name = colour.strip().lower()
+    name = {"black": "#000000", "white": "#ffffff"}.get(name, name)
+    if match := re.fullmatch(r"#([0-9a-f]{3}|[0-9a-f]{6})", name):
+        digits = match[1] if len(match[1]) == 6 else "".join(2 * digit for digit in match[1])
+        return tuple(int(digits[at : at + 2], 16) for at in (0, 2, 4))
+    match = re.fullmatch(r"rgba?\((\d+),\s*(\d+),\s*(\d+)(,\s*1(\.0*)?)?\)", name)
+    return tuple(map(int, match.groups()[:3])) if match else None
 
 
 def _scale(scale: Any) -> tuple[tuple[float, str], ...]:
     return tuple((float(position), str(colour)) for position, colour in scale)
 
 
+_BLACK, _WHITE, _GREY = (
+    0x55,
+    0xF0,
+    0x18,
+)  # most of a part of black, least of white, most by which parts of a grey differ
 _WITHOUT_COLOURS = {"x", "y", "z", "text", "customdata", "hovertext", "tickvals", "ticktext", "meta"}
 _DARK_COLOURS = {TEXT: "#f2f4f7", INK: DARK_INK, MASKED: _DARK_MASKED, "#7a5200": "#e69f00", "#1f9ad6": "#56b4e9"}
 _DARK_SCALES = {

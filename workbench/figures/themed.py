@@ -8,6 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from workbench.figures.theme import TEMPLATE
+from workbench.figures.ticks import write_out_log_ticks
 
 DARK_FILTER = "invert(0.95) hue-rotate(180deg)"
 """CSS filter of a figure on a dark notebook: lightness is inverted, hues stay."""
@@ -60,8 +61,10 @@ def _without_none(value: Any) -> Any:
 
 
 def themed(figure: go.Figure) -> ThemedFigure:
-    """Returns the figure as one that follows the theme of a notebook."""
-    return figure if isinstance(figure, ThemedFigure) else ThemedFigure(figure)
+    """Returns the figure as one that follows the theme of a notebook, its ticks written as numbers."""
+    figure = figure if isinstance(figure, ThemedFigure) else ThemedFigure(figure)
+    write_out_log_ticks(figure)
+    return figure
 
 
 def is_style(markup: str) -> bool:

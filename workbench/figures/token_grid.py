@@ -29,6 +29,7 @@ CELL, NARROW = (66, 22), (14, 9)
 
 _LINE = {CELL: 14, NARROW: 64}  # tokens of a line
 _MAX_TEXTS = 6_000  # a browser lays out each one separately
+_TITLED, _SIDES = 760, 100  # pixels that a title beside plotly's buttons needs, and beside the cells
 _CHARACTER = 6.7  # width at 11 pixels
 _AROUND = 3  # rows of a line besides layers: its tokens, the next tokens, a gap
 _MARK = 0.16  # height of a mark, in cells
@@ -160,12 +161,12 @@ def _lay_out(figure: go.Figure, grid: dict[str, Any], lines: int, height: int) -
         tickvals=[start + number for start in starts for number in rows],
         ticktext=[name for _ in starts for name in rows.values()],
     )
-    figure.update_xaxes(range=[-0.5, grid["line"] - 0.5], showticklabels=False, tickvals=list(range(grid["tokens"])))
+    inner = max(_TITLED - _SIDES, grid["line"] * width)
+    figure.update_xaxes(range=[-0.5, inner / width - 0.5], showticklabels=False, tickvals=list(range(grid["tokens"])))
     names = list(figure.layout.xaxis.ticktext or ())[: grid["tokens"]]
     figure.layout.xaxis.ticktext = names
     drawn = lines * height * row
-    inner = grid["line"] * width
-    return figure.update_layout(width=max(420, inner + 100), height=drawn + 160)
+    return figure.update_layout(width=inner + _SIDES, height=drawn + 160)
 
 
 def _flat(figure: go.Figure, tokens: Sequence[str]) -> go.Figure:

@@ -24,10 +24,12 @@ from workbench.figures.theme import (
     top_bar,
 )
 from workbench.figures.themed import ThemedFigure
+from workbench.figures.ticks import integer_step
 
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
 
+_BAR_TICKS = 5  # of a colour bar of whole numbers, such as layers
 _LINE = 12  # tokens: as wide as a report on a small screen
 _CELL = 66, 24  # pixels
 _ENDS = ("⏎", "␍")  # of the text of a token that ends its line
@@ -80,7 +82,8 @@ def token_strip(
     ]
     lines = _lines(readable, line)
     heat = _cells(values, texts, hover, lines, line)
-    heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high, colorbar=top_bar(unit))
+    heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high)
+    heat.colorbar = {**top_bar(unit), "dtick": integer_step(values[np.isfinite(values)], _BAR_TICKS)}
     layout = {
         "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
         "margin": {"t": 115, "b": 20},

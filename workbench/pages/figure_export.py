@@ -42,7 +42,7 @@ DPI = 300
 
 _BITMAPS = ("png", "webp")
 _SCRIPT = "plotly.min.js"
-_WATCH = 'watchHeads(document.getElementById("figure"));'
+_PANELS = 2  # side by side; titles of more would overlap on a phone, so that they scroll
 _PAGES = {"light": ("#1f2430", "#5b6472", "white"), "dark": ("#e4e7ec", "#9aa1ad", "#14171f")}
 _STYLE = """
 body {{ font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: {0}; background: {2}; margin: 1rem }}
@@ -185,27 +185,51 @@ def _table(table: pd.DataFrame, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def can_shrink(figure: Figure) -> bool:
+    """Returns True for a figure that a narrow page may draw narrower than it is.
+
+    False where text in cells, the squares of heads or the titles of more than two panels side by side need the width.
+    """
+    from workbench.figures.token_grid import grid_of
+
+    if grid_of(figure) is not None:
+        return True
+    layout: Any = figure.layout
+    cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
+    heads = isinstance(layout.meta, Mapping) and "heads" in layout.meta
+    axes: Any = figure.select_xaxes()
+    panels = {axis.domain for axis in axes}
+    return not (cells or heads or len(panels) > _PANELS)
+
+
+def _drawing(figure: Figure, theme: str) -> str:
+    """Input of `showFigure`, as JSON that is safe inside a script element."""
+    from workbench.figures.theme import to_dark
+    from workbench.figures.token_grid import grid_of, rewrap
+
+    grid = grid_of(figure)
+    flat = figure if grid is None else rewrap(figure, grid["tokens"])
+    drawn = json.loads((to_dark(flat) if theme == "dark" else flat).to_json())  # pyright: ignore[reportArgumentType]  # plotly
+    about = {"width": figure.layout.width or 760, "fluid": can_shrink(figure)}
+    return json.dumps({**drawn, **about}, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+
+
 def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: str) -> str:
     from plotly.offline import get_plotlyjs
 
-    from workbench.figures.theme import to_dark
-
-    themed = to_dark(figure) if theme == "dark" else figure
-    plot = themed.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
     safe = {name: escape(text) for name, text in description.items()}
-    meta = figure.layout.meta if isinstance(figure.layout.meta, Mapping) else {}
-    more = (Path(__file__).parent / "figure.js").read_text(encoding="utf-8") + _WATCH if "heads" in meta else ""
+    show = (Path(__file__).parent / "figure.js").read_text(encoding="utf-8")
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width">',
             f"<title>{safe['figure']}</title><style>{_STYLE.format(*_PAGES[theme])}</style>",
             f"{script}</head><body><figure>",
-            f'<div class="plot" role="group" aria-label="{safe["alt"]}">{plot}</div>',
+            f'<div class="plot" role="group" aria-label="{safe["alt"]}"><div id="figure"></div></div>',
             f"<figcaption>{safe['caption']}</figcaption></figure>",
             f'<p class="provenance">{safe["provenance"]}</p>',
-            f"<script>{more}</script>" if more else "",
+            f'<script>{show}showFigure(document.getElementById("figure"), {_drawing(figure, theme)});</script>',
             "</body></html>\n",
         ]
     )

@@ -20,12 +20,11 @@ function draw(place, dark, paper = 0) {
   const themed = dark ? toDark(figure) : figure;
   const room = paper || place.parentElement.clientWidth;
   const wide = Math.max(room || figure.width, 280);
-  const { data, layout } = figure.layout.meta?.grid ? wrapGrid(themed, wide) : themed;
+  const { data, layout } = fitFigure(themed, wide, figure);
   const width = layout.width ?? (figure.fluid ? Math.min(figure.width, wide) : figure.width);
   drawings.set(place, { width, dark });
-  const options = { displaylogo: false, showTips: false, ...(room < 480 && { displayModeBar: false }) };
   const plot = place.firstElementChild;
-  Plotly.react(plot, data, { ...layout, width }, options).then(() => watchHeads(plot));
+  Plotly.react(plot, data, { ...layout, width }, optionsFor(room)).then(() => watchHeads(plot));
 }
 
 const near = new IntersectionObserver((entries) => {

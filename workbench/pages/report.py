@@ -38,7 +38,6 @@ _VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null
 _PRINT_WIDTH = 680  # pixels
 _TOP = 64  # pixels above a plot, whose title is its caption: legend, colour bar, plotly's buttons
 _BROAD = 800  # pixels; narrower figures stand in two columns
-_PANELS = 2  # side by side; titles of more would overlap on a phone, so that they scroll
 _FOLDER = Path(__file__).parent
 
 
@@ -314,6 +313,7 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     """Input of report.js: the figure, its changes for a dark page, its width, and whether it may shrink."""
     from workbench.figures.theme import to_dark_spec
     from workbench.figures.token_grid import grid_of, rewrap
+    from workbench.pages.figure_export import can_shrink
 
     grid = grid_of(figure)
     light: dict[str, Any] = json.loads((figure if grid is None else rewrap(figure, grid["tokens"])).to_json())  # pyright: ignore[reportArgumentType]  # plotly
@@ -323,13 +323,9 @@ def _drawing(figure: Figure) -> dict[str, Any]:
     height = layout.get("height", 450) - above + top
     bare = {name: value for name, value in layout.items() if name not in ("title", "width")}
     light["layout"] = {**bare, "margin": {**bare.get("margin", {}), "t": top}, "height": height}
-    cells = any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data)  # pyright: ignore[reportAttributeAccessIssue]  # plotly
-    fixed = isinstance(figure.layout.meta, Mapping) and "heads" in figure.layout.meta  # whose cells are square
-    panels = {tuple(axis.get("domain", ())) for name, axis in layout.items() if name.startswith("xaxis")}
-    fixed |= len(panels) > _PANELS
     about = {"width": figure.layout.width or 760, "height": (figure.layout.height or 450) - above + top}
     dark = _changes(light, {**light, **to_dark_spec(light)})
-    return {**light, "dark": dark, **about, "fluid": grid is not None or not (cells or fixed)}
+    return {**light, "dark": dark, **about, "fluid": can_shrink(figure)}
 
 
 def _changes(old: Any, new: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:
