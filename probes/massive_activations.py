@@ -27,6 +27,7 @@ from workbench.probing import (
     CHANGES,
     LOST_VARIABLES,
     NEUTRAL,
+    Band,
     LayerProbe,
     MassivePlaces,
     MeasuredRows,
@@ -35,18 +36,18 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
-    ThemedFigure,
     Variable,
     change_effects,
     check_fields,
-    clustered_means,
+    clustered_ends,
+    counted,
     dataset,
     find_massive,
     group_intervals,
     head_grid,
     head_name,
-    integer_step,
     intervals,
+    layer_bands,
     layers_of,
     massive_changes,
     mean_norms,
@@ -54,6 +55,7 @@ from workbench.probing import (
     plain_torch,
     predicting_rows,
     ratio,
+    recorded_ends,
     recorded_model,
     stack_heads,
     usable_device,
@@ -66,8 +68,10 @@ from workbench.probing import (
 _LAYER, _HEAD, _CHANGE = ("layer",), ("layer", "head"), ("change",)
 
 VARIABLES = (
-    Variable("top", ("layer", "rank"), "|h|", "largest, second and third |h| of a sequence, mean over sequences"),
-    Variable("median", _LAYER, "|h|", "median |h| of a sequence, mean over sequences"),
+    *with_interval(
+        Variable("top", ("layer", "rank"), "|h|", "largest, second and third |h| of a sequence, mean over sequences")
+    ),
+    *with_interval(Variable("median", _LAYER, "|h|", "median |h| of a sequence, mean over sequences")),
     Variable("largest", _LAYER, "|h|", "largest of all sequences"),
     *with_interval(Variable("massive", _LAYER, "share of sequences", "sequences with a massive activation", "0")),
     Variable("above_absolute", _LAYER, "share of sequences", "largest |h| above `absolute`", "0"),
@@ -224,18 +228,21 @@ def _by_layer(
     for activations in by_layer.values():
         largest = activations.top[:, 0]
         absolute, rare = largest > probe.absolute, largest > probe.relative * activations.median
-        mean, resampled = clustered_means(
-            (absolute & rare)[:, None].astype(float), sequences.document, resamples=probe.resamples, seed=probe.seed
-        )
-        low, high = intervals(resampled)
+        massive, ranks = absolute & rare, activations.top.shape[1]
+        values = np.column_stack([activations.top, activations.median, massive])
+        low, high = clustered_ends(values, sequences.document, resamples=probe.resamples, seed=probe.seed)
         rows, first = np.unique(activations.row[activations.massive], return_index=True)
         line = {
             "top": activations.top.mean(0),
+            "top_low": low[:ranks],
+            "top_high": high[:ranks],
             "median": activations.median.mean(),
+            "median_low": low[ranks],
+            "median_high": high[ranks],
             "largest": largest.max(),
-            "massive": mean[0],
-            "massive_low": low[0],
-            "massive_high": high[0],
+            "massive": massive.mean(),
+            "massive_low": low[-1],
+            "massive_high": high[-1],
             "above_absolute": absolute.mean(),
             "above_ratio": rare.mean(),
             "tokens": len(rows) / sequences.lengths.sum(),
@@ -333,28 +340,24 @@ def _table(probe: MassiveActivations, store: Store, by_layer: Mapping[int, Massi
 def _layers(result: Result) -> go.Figure:
     data = result.data
     layers = data["layer"].to_numpy()
-    lines: dict[str, tuple[Any, str, dict[str, str]]] = {
-        name: (data["top"][:, index], "lines+markers", {"color": CATEGORIES[index]})
-        for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
-    }
+    ends, median_ends = recorded_ends(data, "top"), recorded_ends(data, "median")
+    curves = [
+        Band(name, data["top"][:, rank].to_numpy(), ends and (ends[0][:, rank], ends[1][:, rank]), CATEGORIES[rank])
+        for rank, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
+    ]
     median = np.where(data["median"] > 0, data["median"], np.nan)
-    lines["median"] = median, "lines", {"color": NEUTRAL, "dash": "dash"}
+    curves.append(Band("median", median, median_ends, NEUTRAL, "dash"))
     absolute = result.provenance["settings"]["absolute"]
-    text = f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = {absolute:g}"
-    figure = ThemedFigure(
-        [
-            go.Scatter(x=layers, y=values, name=name, mode=mode, line=line, hovertemplate="layer %{x}: %{y:.4g}")
-            for name, (values, mode, line) in lines.items()
-        ],
-        {
-            "title": {"text": f"Largest activations of {model_label(result)}", "subtitle": {"text": text}},
-            "width": 760,
-            "height": 460,
-            "margin": {"t": 110},
-            "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(layers.tolist())},
-            "yaxis": {"title": {"text": "|h|"}, "type": "log", "exponentformat": "power", "dtick": 1},
-        },
+    text = f"|h| of block outputs, mean over {counted(data.attrs['sequences'], 'sequence')}; dotted: |h| = {absolute:g}"
+    figure = layer_bands(
+        curves,
+        layers=layers.tolist(),
+        title=f"Largest activations of {model_label(result)}",
+        subtitle=f"{text}; bands: 95 % intervals over documents" if ends else text,
+        unit="|h|",
     )
+    figure.update_traces(hovertemplate="layer %{x}: %{y:.4g}", selector={"hoverinfo": None})
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     if absolute > 0:
         figure.add_hline(y=absolute, line={"dash": "dot", "width": 1, "color": NEUTRAL})
     return figure

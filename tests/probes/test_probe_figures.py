@@ -64,13 +64,21 @@ def decoded(value):
     return value
 
 
+def banded(data, name):
+    """The band of a curve over layers and the curve, as they are drawn; a single document has no interval."""
+    middle, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
+    if np.isnan(low).all():
+        return [{"y": middle}]
+    return [{"y": [*high, *low[::-1]]}, {"y": middle, "error_y.array": high - middle}]
+
+
 def lens(result):
     data, first = result.data, result.table["sequence"].iloc[0]
     rows = np.sort(result.table["row"][result.table["sequence"] == first].unique())
-    mean = {name: {"x": data["layer"], "y": data[f"mean_{name}"]} for name in ("entropy", "kl", "cross_entropy")}
+    means = [part for name in ("entropy", "kl", "cross_entropy") for part in banded(data, f"mean_{name}")]
     settled = np.append(data["layer"].astype(float), np.nan)[data["prediction_depth"].sel(row=rows)]
     grid = data["top_probability"].sel(row=rows[:28], top=1)
-    return {"grid": grid, "depth": settled}, list(mean.values())
+    return {"grid": grid, "depth": settled}, means
 
 
 def logit_lens(result):
@@ -80,7 +88,7 @@ def logit_lens(result):
 
 def tuned_lens(result):
     figures, means = lens(result)
-    by_layer = [{"x": result.data["layer"], "y": result.data[name]} for name in ("mean_kl", "logit_mean_kl")]
+    by_layer = [part for name in ("mean_kl", "logit_mean_kl") for part in banded(result.data, name)]
     return {**figures, "by_layer": by_layer, "losses": means}
 
 
@@ -101,11 +109,14 @@ def attention_sinks(result):
     causal = np.tril(np.ones((48, 48), bool))
     attention = [{"z": np.where(causal, pattern, np.nan)} for pattern in data["example_pattern"]]
     attention += [{"z": np.where(causal, np.nan, 1)}, {}]  # masked keys, small pictures
-    at_sink = [float(data["sink_high"] - data["sink"]), *[np.nan] * 40]
+    above = (data["sink_k_high"] - data["sink_k"]).to_numpy()
+    norm_bands = [part for kind in ("sink", "others") for part in banded(data, f"residual_norm_{kind}")]
     return {
         "sinks": [{"z": data["alpha"].sel(position=0)}, *({"x": norm} for norm in norms)],
-        "positions": [{"y": data["sink_k"][:41], "error_y.array": at_sink}, {"y": data["sink_k"][41:]}],
-        "norms": [{"y": norm} for norm in norms],
+        "positions": [
+            {"y": data["sink_k"][part], "error_y.array": above[part]} for part in (slice(41), slice(41, None))
+        ],
+        "norms": norm_bands,
         "domains": domains,
         "attention": attention,
     }
@@ -123,7 +134,7 @@ def future_lens(result):
     data, precision, calibration, gain = result.data, [], [{"x": [0, 1], "y": [0, 1]}], []
     for method in data["method"].to_numpy():
         for horizon in data["horizon"].to_numpy():
-            precision.append({"y": data["precision"].sel({"method": method, "horizon": horizon, "k": 1})})
+            precision += banded(data.sel({"method": method, "horizon": horizon, "k": 1}), "precision")
             precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
             middle, low, high = (
                 data[f"gain{end}"].sel({"method": method, "horizon": horizon}).to_numpy()
@@ -147,11 +158,11 @@ def future_prompts(result):
         for horizon in data["horizon"].to_numpy():
             part = data.sel(regime=regime, horizon=horizon)
             for prompt in data["prompt"].to_numpy():
-                precision.append({"y": part["precision"].sel(prompt=prompt, k=1)})
+                precision += banded(part.sel(prompt=prompt, k=1), "precision")
                 precision.append({"y": part["zero_precision"].sel(prompt=prompt)})
             precision.append({"y": [float(part["bigram_precision"])] * data.sizes["layer"]})
             best = part.isel(prompt=int(part["best_prompt"])).sel(layer=int(part["best_layer"]))
-            ranks.append({"y": best["precision"]})
+            ranks.append({"y": best["precision"], "error_y.array": best["precision_high"] - best["precision"]})
     return {"precision": precision, "ranks": ranks}
 
 

@@ -77,6 +77,44 @@ def resampled_means(
         return totals.sum(0) / counts.sum(0), resampled
 
 
+def clustered_ends(
+    values: Shaped[np.ndarray, "row ..."],
+    clusters: Shaped[np.ndarray, " row"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
+    """Returns the lower and upper ends of the 95 % intervals of means over rows, by `clustered_means`."""
+    flat = values.reshape(len(values), -1).astype(float)
+    low, high = intervals(clustered_means(flat, clusters, resamples=resamples, seed=seed)[1])
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def binned_ends(
+    values: Float[np.ndarray, " row"],
+    bins: Int[np.ndarray, " row"],
+    clusters: Shaped[np.ndarray, " row"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " bin"], Float[np.ndarray, " bin"]]:
+    """Returns the ends of the 95 % intervals of the means in each bin, by `resampled_means`.
+
+    Args:
+        values: One value a row.
+        bins: The bin of each row, from 0.
+        clusters: The cluster of each row.
+        resamples: Number of resamples.
+        seed: Random seed of the resamples.
+    """
+    known, cluster = np.unique(clusters, return_inverse=True)
+    totals, counts = np.zeros((2, len(known), int(bins.max(initial=-1)) + 1))
+    np.add.at(totals, (cluster, bins), values)
+    np.add.at(counts, (cluster, bins), 1)
+    low, high = intervals(resampled_means(totals, counts, resamples=resamples, seed=seed)[1])
+    return low, high
+
+
 def clustered_interval(
     values: Float[np.ndarray, " row"],
     clusters: Shaped[np.ndarray, " row"],
