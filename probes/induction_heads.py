@@ -463,7 +463,7 @@ def _ablated(result: Result) -> go.Figure:
         for group in data["group"].to_numpy()
     }
     random = data.isel(group=0)
-    low, high = recorded_ends(random, "ablation_random") or [random["ablation_random"].to_numpy()] * 2
+    low, high = recorded_ends(random, "ablation_random") or np.full((2, data.sizes["ablated"]), np.nan)
     control = f"random heads, {random['group'].item()}"
     groups[control] = np.stack([random["ablation_random"].to_numpy(), low, high])
     figure = group_intervals(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 
@@ -28,6 +29,7 @@ from workbench.probes import (
     TokenErasure,
     TunedLens,
 )
+from workbench.results.bootstrap import clustered_means
 
 PROBES = (
     LogitLens(),
@@ -42,9 +44,9 @@ PROBES = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def store(tmp_path_factory):
     sites = ("embed", "resid_pre.0", "attn_out", "mlp_out", "resid_post", "z", "pattern")
-    store = wb.record(
+    return wb.record(
         wb.load_model("demo"),
         demo_corpus()[::6],
         sites=sites,
@@ -53,6 +55,10 @@ def results(tmp_path_factory):
         out=tmp_path_factory.mktemp("all") / "demo.acts",
         show_progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def results(store):
     return {probe.name: probe.run(store) for probe in PROBES}
 
 
@@ -225,6 +231,35 @@ def test_figures_hold_what_their_result_holds(results, expected):
             for path, values in parts.items():
                 numbers = np.asarray(decoded(reduce(getitem, path.split("."), trace)), float)
                 np.testing.assert_allclose(numbers, np.asarray(values, float), rtol=1e-6, err_msg=f"{name} {path}")
+
+
+def test_means_of_a_lens_have_intervals_over_documents(results, store):
+    """Those of the rows that the result keeps, which are all rows here, by resampling documents row by row."""
+    data = results["logit-lens"].data
+    document = store.tokens["document"].to_numpy()[data["row"].to_numpy()]
+    for name in ("entropy", "kl", "cross_entropy"):
+        for layer in data["layer"].to_numpy():
+            at = data.sel(layer=layer)
+            _, drawn = clustered_means(at[name].to_numpy().astype(float)[:, None], document)
+            expected = np.nanquantile(drawn, [0.025, 0.975])
+            ends = [float(at[f"mean_{name}_{end}"]) for end in ("low", "high")]
+            np.testing.assert_allclose(ends, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
+def test_results_of_earlier_versions_draw_without_intervals(results, probe):
+    """Earlier results lack the intervals that were added since: none is drawn, and the values are the same."""
+    result = results[probe.name]
+    added = ("mean_", "logit_mean_", "precision", "bigram_precision", "sink_k", "residual_norm")
+    names = [name for name in map(str, result.data) if name.endswith(("_low", "_high")) and name.startswith(added)]
+    earlier = replace(result, data=result.data.drop_vars(names))
+    for name, figure in earlier.figures().items():
+        curves = [trace for trace in result.figures()[name].data if trace.meta is None]
+        assert len(figure.data) == len(curves), name  # the same without bands
+        for trace, curve in zip(figure.data, curves, strict=True):
+            if names and name in ("by_layer", "losses", "norms", "precision", "ranks"):
+                assert trace.error_y.array is None, name
+                np.testing.assert_array_equal(trace.y, curve.y)
 
 
 def test_every_figure_of_every_probe_fits_a_column_of_print(results, tmp_path):

@@ -85,7 +85,7 @@ def clustered_ends(
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
     """Returns the lower and upper ends of the 95 % intervals of means over rows, by `clustered_means`."""
-    flat = values.reshape(len(values), -1).astype(float)
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:]))).astype(float)
     low, high = intervals(clustered_means(flat, clusters, resamples=resamples, seed=seed)[1])
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
