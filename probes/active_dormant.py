@@ -37,7 +37,9 @@ from workbench.probing import (
     check,
     check_fields,
     clustered_means,
+    colour_limits,
     compare_domains,
+    counted,
     dataset,
     group_intervals,
     head_grid,
@@ -49,6 +51,7 @@ from workbench.probing import (
     layer_bands,
     layers_of,
     layers_text,
+    log_axis,
     model_label,
     output_maps,
     permuted_gap,
@@ -406,6 +409,7 @@ def _heads(result: Result) -> go.Figure:
         subtitle=f"share of {int(data['sequences']):,} sequences on which position {int(data['sink_position'])} "
         f"receives {settings['epsilon']:g} or less of the attention",
         unit=axis_title(data["active"].attrs, "active"),
+        limits=colour_limits(known["active"].to_numpy()),
     )
 
 
@@ -434,7 +438,7 @@ def _phenomena(result: Result) -> go.Figure:
         subtitle=f"{int(data['sequences']):,} sequences; bands: 95 % intervals over documents",
         unit="attention; times the other tokens' median",
     )
-    figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
+    figure.update_yaxes(rangemode="normal", **log_axis(*(band.values for band in bands)))
     return figure.update_layout(margin={"t": 110})
 
 
@@ -447,7 +451,8 @@ def _domains(result: Result) -> go.Figure:
     at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("domain_active", "domain_active_low", "domain_active_high")]
     documents = data["documents"].to_numpy().tolist()
-    names = [f"{label(str(name))} ({n:,} documents)" for name, n in zip(data["domain"].values, documents, strict=True)]
+    domains = zip(data["domain"].values, documents, strict=True)
+    names = [f"{label(str(name))} ({counted(number, 'document')})" for name, number in domains]
     figure = group_intervals(
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],

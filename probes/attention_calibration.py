@@ -39,6 +39,7 @@ from workbench.probing import (
     change_effects,
     change_keys,
     check_fields,
+    colour_limits,
     dataset,
     document_halves,
     error_bars,
@@ -199,9 +200,11 @@ class AttentionCalibration(StoreProbe):
         text = (
             f"{100 * float(data['heads_with']):.0f} % of heads have a hidden sink; calibrated in {kind} layers the "
             f"loss changes by {loss[kind]:+.3f} nats{interval} on other documents ({control.replace('_', ' ')} "
-            f"{loss[control]:+.3f}); in all layers {loss['all']:+.3f} (random keys {loss['random_keys']:+.3f}; "
-            f"{int(data['rows']):,} tokens)"
+            f"{loss[control]:+.3f})"
         )
+        if kind != "all":
+            text += f"; in all layers {loss['all']:+.3f} (random keys {loss['random_keys']:+.3f})"
+        text += f"; {int(data['rows']):,} tokens"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -218,7 +221,7 @@ class AttentionCalibration(StoreProbe):
             subtitle=f"keys behind position 0 above the threshold, mean of sequences; threshold 5 / N: "
             f"{float(data['hidden_paper']):.2f} a head, 0.1: {float(data['hidden_code']):.2f}",
             unit="keys",
-            limits=(0.0, max(1.0, float(np.nanmax(hidden)))),
+            limits=colour_limits(hidden),
         )
         return {"loss": _loss(result, model), "hidden": grid}
 
@@ -278,6 +281,8 @@ def _loss(result: Result, model: str) -> go.Figure:
     for kind, name in names.items():
         at = data.sel(kind=kind)
         mean, low, high = (np.atleast_1d(at[f"loss{end}"]) for end in ("", "_low", "_high"))
+        if np.isnan(mean).all():  # layers were not chosen
+            continue
         figure.add_scatter(
             x=[name],
             y=mean,

@@ -49,6 +49,7 @@ from workbench.probing import (
     interval_suffix,
     label,
     layer_bands,
+    log_axis,
     massive_text,
     model_label,
     note_missing,
@@ -473,7 +474,7 @@ def _norms(result: Result) -> go.Figure:
         + "; bands: 95 % intervals over documents" * (bands[0].ends is not None),
         unit=axis_title(data["residual_norm_sink"].attrs),
     )
-    return figure.update_yaxes(type="log", dtick="D2", tickformat="~r")
+    return figure.update_yaxes(**log_axis(*(np.asarray(band.values) for band in bands)))
 
 
 def _by_domain(result: Result) -> go.Figure:

@@ -39,7 +39,9 @@ from workbench.probing import (
     check_fields,
     clustered_means,
     colour_bar,
+    colour_limits,
     contributions,
+    counted,
     dataset,
     interval_suffix,
     intervals,
@@ -190,7 +192,7 @@ class FeedForwardMaps(LayerProbe):
         data = dataset(_VARIABLES, arrays, coords)
         names = [name for name in arrays if data[name].dims == _LAYER]
         number = len(np.unique(documents))
-        few = f"intervals over {number} document{'s' * (number != 1)}, fewer than 10" * (number < 10)
+        few = f"intervals over {counted(number, 'document')}, fewer than 10" * (number < 10)
         return self.result(store, data, data[names].to_dataframe().reset_index(), checked, [few])
 
     @staticmethod
@@ -315,7 +317,8 @@ def _changes(result: Result) -> go.Figure:
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Change of the map of contributing tokens in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"{int(data['sequences'])} sequences; unrelated maps: {float(data['change_shuffled'].mean()):.2f}",
+        subtitle=f"{counted(data['sequences'], 'sequence')}; bands: 95 % intervals over documents; unrelated maps: "
+        f"{float(data['change_shuffled'].mean()):.2f}",
         unit="1 - Spearman",
     )
 
@@ -333,7 +336,7 @@ def _maps(result: Result) -> go.Figure:
             customdata=np.broadcast_to(np.array(tokens, dtype=object), (len(tokens), len(tokens))),
             colorscale=PROBABILITY,
             zmin=0,
-            zmax=1,
+            zmax=colour_limits(most["map"].to_numpy())[1],  # the same in all panels
             showscale=column == 3,
             colorbar=colour_bar("share of the row"),
             hovertemplate="query %{y}, key %{x} %{customdata}: %{z:.3f}<extra></extra>",
@@ -342,7 +345,11 @@ def _maps(result: Result) -> go.Figure:
             col=column,
         )
     title = f"Contributing tokens at layer {int(most['layer'])} of {label(str(result.provenance['model']), 60)}"
-    figure.update_layout(title={"text": title}, height=420, width=1020, margin={"t": 110})
+    subtitle = (
+        f"share of each source token in the output at a token; {counted(len(tokens), 'token')} of the first sequence"
+    )
+    heading = {"text": title, "subtitle": {"text": f"{subtitle}; the layer with the largest change"}}
+    figure.update_layout(title=heading, height=440, width=1020, margin={"t": 130})
     figure.update_xaxes(title="source")
     figure.update_yaxes(autorange="reversed")
     return figure.update_yaxes(title="token", col=1)

@@ -27,6 +27,8 @@ from scipy import stats
 from torch import Tensor
 
 from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -191,7 +193,7 @@ class FiberBundle(WeightsProbe):
         clouds = data["cloud"].to_numpy().tolist()
         tokens = f"{data['token'].size:,} of {int(data['points']):,} tokens, {int(data['neighbours'])} neighbours each"
         texts = data["text"].to_numpy().tolist()
-        return {
+        figures = {
             "change": labelled_scatter(
                 {
                     cloud: (data["small"].sel(cloud=cloud).to_numpy(), data["large"].sel(cloud=cloud).to_numpy(), texts)
@@ -215,6 +217,26 @@ class FiberBundle(WeightsProbe):
                 unit="p",
             ),
         }
+        return {name: _coloured(figure) for name, figure in figures.items()}
+
+
+def _coloured(figure: Any) -> Any:
+    """Gives each cloud its colour in all figures; Gaussian clouds, the controls, are grey and dashed."""
+    styles = dict(
+        zip(
+            CLOUDS,
+            ((CATEGORIES[0], "solid"), (NEUTRAL, "dash"), (CATEGORIES[1], "solid"), (NEUTRAL, "dot")),
+            strict=True,
+        )
+    )
+    for trace in figure.data:
+        cloud = str(trace.name).rpartition(" (")[0]  # a name ends with the number of points
+        if cloud in styles:
+            colour, dash = styles[cloud]
+            trace.update(
+                {"marker": {"color": colour}} if trace.mode == "markers" else {"line": {"color": colour, "dash": dash}}
+            )
+    return figure
 
 
 def _points(vocabulary: Vocabulary) -> tuple[np.ndarray, list[str]]:

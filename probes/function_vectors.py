@@ -42,6 +42,7 @@ from workbench.probing import (
     answers_after,
     check_fields,
     clustered_means,
+    colour_limits,
     dataset,
     error_bars,
     head_grid,
@@ -49,6 +50,7 @@ from workbench.probing import (
     integer_step,
     interval_suffix,
     intervals,
+    log_axis,
     pairs_of,
     plain_torch,
     provenance,
@@ -276,7 +278,7 @@ def _steering(result: Result, measure: str) -> go.Figure:
             error_y=error_bars(mean, low, high),
             name=name,
             mode="lines+markers",
-            line={"color": colour},
+            line={"color": colour, "dash": "longdash" if vector == "random" else "solid"},
             hovertemplate="block %{x}: %{y:.3g}",
         )
     for prompt, dash in (("examples", "dash"), ("shuffled", "dashdot"), ("question", "dot")):
@@ -296,7 +298,9 @@ def _steering(result: Result, measure: str) -> go.Figure:
     figure.update_xaxes(title="block after which the vector is added", dtick=integer_step(blocks.tolist()))
     if measure == "accuracy":
         return figure.update_yaxes(title="share of questions", range=[-0.03, 1.03])
-    return figure.update_yaxes(title="probability", type="log", exponentformat="power", dtick=1)
+    return figure.update_yaxes(
+        title="probability", **log_axis(data[f"steered_{measure}"].to_numpy(), data[measure].to_numpy())
+    )
 
 
 def _heads(result: Result) -> go.Figure:
@@ -314,5 +318,5 @@ def _heads(result: Result) -> go.Figure:
         title="Heads that carry the task",
         subtitle=f"change of P(answer) in prompts with shuffled examples, {data.attrs['choosing']} questions",
         unit="probability",
-        limits=(0.0, max(1e-6, float(np.nanmax(values)))),
+        limits=colour_limits(values),
     )

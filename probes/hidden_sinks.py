@@ -36,6 +36,7 @@ from workbench.probing import (
     check_fields,
     clustered_interval,
     clustered_means,
+    colour_limits,
     dataset,
     error_bars,
     head_grid,
@@ -324,6 +325,7 @@ def _heads(result: Result) -> go.Figure:
         subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
         f"than {settings['threshold']} = {float(data['cutoff']):.3g} of the attention",
         unit=axis_title(data["share"].attrs),
+        limits=colour_limits(data["share"].to_numpy()),
     )
 
 
@@ -366,7 +368,7 @@ def _positions(result: Result) -> go.Figure:
     if "position_share_low" in data:
         low, high = (100 * data[f"position_share_{end}"].to_numpy() for end in ("low", "high"))
         ends = {int(at): (low[at], high[at]) for at in np.flatnonzero(reliable)}
-    return position_bars(
+    figure = position_bars(
         100 * data["position_share"].to_numpy(),
         reliable=reliable,
         ends=ends,
@@ -376,3 +378,7 @@ def _positions(result: Result) -> go.Figure:
         + "; bars: 95 % interval over documents" * bool(ends),
         unit="% of (sequence, head)",
     )
+    bars: Any
+    for bars in figure.data:  # no key for bars that are not drawn
+        bars.update(showlegend=bool(np.nan_to_num(np.asarray(bars.y, float)).any()))
+    return figure

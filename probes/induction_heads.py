@@ -52,6 +52,7 @@ from workbench.probing import (
     check,
     check_fields,
     choose_layers,
+    colour_limits,
     copying_scores,
     counted,
     counted_queries,
@@ -420,6 +421,7 @@ def _heads(result: Result) -> go.Figure:
         title=f"Induction heads of {model_label(result)}",
         subtitle=f"attention to the tokens after earlier occurrences, less {blind}; {_size(data)}",
         unit="excess",
+        limits=colour_limits(data["excess"].to_numpy()),
     )
 
 

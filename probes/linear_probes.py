@@ -361,8 +361,8 @@ def _by_layer(result: Result) -> Any:
     data = result.data
     bands = [
         _band(data, "accuracy", "linear probe", CATEGORIES[0]),
-        _band(data, "control_accuracy", "control task", CATEGORIES[1]),
-        _band(data, "shuffled_accuracy", "shuffled labels", CATEGORIES[2]),
+        _band(data, "control_accuracy", "control task", NEUTRAL, "dashdot"),
+        _band(data, "shuffled_accuracy", "shuffled labels", NEUTRAL, "longdash"),
         _band(data, "token_accuracy", "token identity", NEUTRAL, "dash"),
         _band(data, "majority_accuracy", "majority", NEUTRAL, "dot"),
     ]

@@ -42,6 +42,7 @@ from workbench.probing import (
     change_effects,
     change_keys,
     check_fields,
+    colour_limits,
     dataset,
     head_grid,
     head_name,
@@ -303,7 +304,7 @@ def _by_layer(result: Result) -> go.Figure:
         ("random", "random key", NEUTRAL),
     ):
         parts = [data[f"loss_layer{end}"].sel(kind=kind).to_numpy() for end in ("", "_low", "_high")]
-        bands.append(Band(name, parts[0], (parts[1], parts[2]), colour))
+        bands.append(Band(name, parts[0], (parts[1], parts[2]), colour, "dash" if kind == "random" else "solid"))
     later = result.provenance["settings"]["later"]
     return layer_bands(
         bands,
@@ -328,4 +329,5 @@ def _heads(result: Result) -> go.Figure:
         subtitle="mean over the queries that see it; hidden from later ones, the loss changes by "
         f"{sink:+z.3f} nats (random key {random:+z.3f})",
         unit="attention",
+        limits=colour_limits(alpha),
     )

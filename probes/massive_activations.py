@@ -40,6 +40,7 @@ from workbench.probing import (
     change_effects,
     check_fields,
     clustered_ends,
+    colour_limits,
     counted,
     dataset,
     find_massive,
@@ -49,6 +50,7 @@ from workbench.probing import (
     intervals,
     layer_bands,
     layers_of,
+    log_axis,
     massive_changes,
     mean_norms,
     model_label,
@@ -357,7 +359,7 @@ def _layers(result: Result) -> go.Figure:
         unit="|h|",
     )
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4g}", selector={"hoverinfo": None})
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(**log_axis(data["top"].to_numpy(), median, np.array([absolute], float)))
     if absolute > 0:
         figure.add_hline(y=absolute, line={"dash": "dot", "width": 1, "color": NEUTRAL})
     return figure
@@ -378,7 +380,7 @@ def _values(result: Result) -> go.Figure:
         title=f"Value norm at massive tokens of {model_label(result)}",
         subtitle="mean L2 norm of values at tokens that enter the block massive, divided by that at others",
         unit="ratio",
-        limits=(0.0, max(1.0, float(np.nanmax(values)))),
+        limits=colour_limits(values),
     )
 
 

@@ -24,6 +24,8 @@ from jaxtyping import Int64
 
 from workbench import load_result
 from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
     AblatedHeads,
     MeasuredRows,
     Model,
@@ -74,6 +76,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("plain_accuracy", ("group",), "share of tokens", "next tokens that the model as it is predicts"),
     Variable("tokens", ("group",), "tokens", "measured tokens"),
 )
+_SYMBOLS = ("circle", "diamond", "square", "cross")  # of groups of tokens: all controls are grey
 
 
 @dataclass(frozen=True)
@@ -262,11 +265,12 @@ def _arrays(ablated: AblatedHeads, heads: Sequence[str], groups: Sequence[str]) 
 def _figure(result: Result, name: str) -> go.Figure:
     data = result.data
     categories = [str(heads) for heads in data["heads"].to_numpy()]
-    groups = {}
+    groups, controls = {}, []
     for group in data["group"].to_numpy().tolist():
         for kind, end in (("named heads", ""), ("random heads", "_random")):
             parts = [data[f"{name}{end}{bound}"].sel(group=group).to_numpy() for bound in ("", "_low", "_high")]
             groups[f"{label(str(group), 24)}, {kind}"] = np.stack(parts)
+        controls.append(f"{label(str(group), 24)}, random heads")
     titles = {"loss": "Increase of the loss", "accuracy": "Change of the accuracy"}
     draws = result.provenance["settings"]["controls_drawn"]
     figure = group_intervals(
@@ -276,5 +280,9 @@ def _figure(result: Result, name: str) -> go.Figure:
         title=f"{titles[name]} without these heads, {label(str(result.provenance['model']), 50)}",
         subtitle=f"random heads: mean of {draws} draws of the same layers; 95 % intervals over documents",
     )
+    points: Any
+    for number, points in enumerate(figure.data):
+        marker = {"symbol": _SYMBOLS[number // 2 % len(_SYMBOLS)], "color": CATEGORIES[number // 2 % len(CATEGORIES)]}
+        points.update(marker=marker | ({"color": NEUTRAL} if points.name in controls else {}))
     figure.update_xaxes(title="ablated heads")
     return figure.update_yaxes(title=_MEASURED[name], rangemode="normal")

@@ -40,6 +40,7 @@ from workbench.probing import (
     label,
     layer_neurons,
     load_unembed,
+    log_axis,
     mlp_outputs,
     model_label,
     neuron_activity,
@@ -306,7 +307,7 @@ def _neurons(result: Result) -> go.Figure:
         margin={"t": 110},
     )
     figure.update_xaxes(title="skew")
-    return figure.update_yaxes(title="kurtosis", type="log")
+    return figure.update_yaxes(title="kurtosis", **log_axis(table["kurtosis"].to_numpy(float), np.array([_KURTOSIS])))
 
 
 def _hover(line: Mapping[str, Any]) -> str:

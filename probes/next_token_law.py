@@ -287,7 +287,7 @@ def _law(result: Result) -> go.Figure:
     figure = ThemedFigure(go.Scatter(band, mode="lines", fillcolor="rgba(154,161,173,0.3)", name="95 % of shuffles"))
     curves = {"next token": "residual", "held out": "residual_heldout", "shuffled ids": "residual_shuffled"}
     for name, variable in curves.items():
-        style = {"color": NEUTRAL} if name == "shuffled ids" else {}
+        style = {"color": NEUTRAL, "dash": "dash"} if name == "shuffled ids" else {}
         figure.add_scatter(x=layers, y=data[variable], name=name, mode="lines+markers", line=style)
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4f}")
     lines = [*_line_text(data, "", " a layer"), *(f"shuffled ids {text}" for text in _line_text(data, "_shuffled"))]

@@ -45,6 +45,7 @@ from workbench.probing import (
     label,
     layers_of,
     load_unembed,
+    log_axis,
     plain_torch,
     progress,
     recorded_model,
@@ -393,7 +394,7 @@ def _distance(result: Result) -> Any:
         width=900,
     )
     figure.update_xaxes(title="tokens of the input", type="log", dtick=np.log10(2))
-    return figure.update_yaxes(title="distance", type="log", exponentformat="power")
+    return figure.update_yaxes(title="distance", **log_axis(data["final_inf"].to_numpy(), data["floor"].to_numpy()))
 
 
 def _rollout_figure(result: Result) -> Any:
@@ -411,4 +412,6 @@ def _rollout_figure(result: Result) -> Any:
         width=760,
     )
     figure.update_xaxes(title="position")
-    return figure.update_yaxes(title="share of influence", type="log", exponentformat="power")
+    return figure.update_yaxes(
+        title="share of influence", **log_axis(*(data[name].to_numpy() for name in ("rollout", "uniform_rollout")))
+    )

@@ -36,7 +36,9 @@ from workbench.probing import (
     axis_title,
     check_fields,
     clustered_means,
+    colour_limits,
     conditional_excess,
+    counted,
     dataset,
     head_grid,
     head_hover,
@@ -332,7 +334,7 @@ def _heads(result: Result) -> Any:
         title=f"Relative contextualization in {label(str(result.provenance['model']), 60)}",
         subtitle=f"excess of the prompt's scores over newer ones; {int(data['sequences']):,} sequences",
         unit="score",
-        limits=(0.0, float(np.nanmax(values)) or 1.0),
+        limits=colour_limits(values),
     )
 
 
@@ -345,6 +347,7 @@ def _tokens(result: Result) -> Any:
         tokens=[str(text) for text in data["text"].to_numpy()[rows]],
         positions=data["place"].to_numpy()[rows].tolist(),
         title=f"Attribution of a prompt's tokens in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"mean over the {result.provenance['settings']['heads']} heads with the most rc; white: a sink",
+        subtitle=f"mean over the {counted(result.provenance['settings']['heads'], 'head')} with the largest relative "
+        "contextualization; white: a sink",
         unit=axis_title(data["attribution"].attrs),
     )

@@ -27,6 +27,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from workbench.probing import (
+    NEUTRAL,
     SIGNED,
     Model,
     RequestError,
@@ -334,8 +335,9 @@ def _in_order(share: np.ndarray, pairs: np.ndarray, seed: int) -> dict[str, floa
 def _rated(data: Any) -> Any:
     """Correlation with ratings by axis, with its interval, beside the largest that random axes reach in 95 %."""
     rating, low, high = (data[f"rating{end}"].to_numpy() for end in ("", "_low", "_high"))
-    return category_points(
-        {"axis": rating, "95 % of axes between random words are below": data["rating_null"].to_numpy()},
+    null = "95 % of axes between random words are below"
+    figure = category_points(
+        {"axis": rating, null: data["rating_null"].to_numpy()},
         data["axis"].to_numpy().tolist(),
         title="Ratings of words and their projections on the axis",
         subtitle="bars: 95 % interval over words",
@@ -343,6 +345,7 @@ def _rated(data: Any) -> Any:
         line=0.0,
         ends={"axis": (low, high)},
     )
+    return figure.update_traces(marker={"color": NEUTRAL}, selector={"name": null})
 
 
 def _off_diagonal(values: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ from workbench.probing import (
     layer_bands,
     layers_of,
     load_unembed,
+    log_axis,
     log_probabilities,
     mlp_outputs,
     model_label,
@@ -421,5 +422,5 @@ def _bands(result: Result, measure: str) -> go.Figure:
         unit=_UNITS[measure],
     )
     if measure == "kl" and float(data["kl_delete"].max()) > 0:
-        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
+        figure.update_yaxes(**log_axis(*(np.asarray(band.values, float) for band in bands)))
     return figure.update_yaxes(range=[0, 1.02]) if measure == "agreement" else figure

@@ -250,7 +250,7 @@ def _by_scale(data: Any, name: str) -> go.Figure:
             error_y=error_bars(mean, low, high),
             name={"direction": "direction", "random": "random direction of equal norm"}[kind],
             mode="lines+markers",
-            line={"color": color},
+            line={"color": color, "dash": "dash" if kind == "random" else "solid"},
             hovertemplate="scale %{x}: %{y:.3f}",
         )
     figure.update_layout(

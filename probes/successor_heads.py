@@ -46,6 +46,7 @@ from workbench.probing import (
     check_fields,
     choose_layers,
     colour_bar,
+    colour_limits,
     dataset,
     digit_readings,
     direct_effects,
@@ -406,6 +407,7 @@ def _score_map(result: Result) -> go.Figure:
         title=f"{_title(result)}: successor score",
         subtitle=f"mean over {tasks} tasks; in the cells: number of tasks with a score above {threshold:g}",
         unit="successor score",
+        limits=colour_limits(data["macro"].to_numpy()),
     )
 
 

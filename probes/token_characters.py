@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from workbench.probing import (
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -209,14 +210,18 @@ class TokenCharacters(WeightsProbe):
         data = result.data
         letters = data["letter"].to_numpy().tolist()
         curves = {f"{probe}": data["f1"].sel(probe=probe).to_numpy() for probe in _PROBES}
-        curves["linear, labels of matched tokens"] = data["f1_matched"].sel(probe="linear").to_numpy()
-        curves["linear, random vectors"] = data["f1_control"].sel(probe="linear").to_numpy()
+        matched, random = "linear, labels of matched tokens", "linear, random vectors"
+        curves[matched] = data["f1_matched"].sel(probe="linear").to_numpy()
+        curves[random] = data["f1_control"].sel(probe="linear").to_numpy()
         about = f"embeddings of {int(data['tokens']):,} tokens, test on other stems"
         selective = {probe: data["selectivity"].sel(probe=probe).to_numpy() for probe in _PROBES}
+        read = category_points(
+            curves, letters, title="Letters read from token embeddings", subtitle=about, unit="macro F1", line=0.5
+        )
+        for name, symbol in ((matched, "circle-open"), (random, "x")):  # controls
+            read.update_traces(marker={"color": NEUTRAL, "symbol": symbol}, selector={"name": name})
         return {
-            "letters": category_points(
-                curves, letters, title="Letters read from token embeddings", subtitle=about, unit="macro F1", line=0.5
-            ),
+            "letters": read,
             "selectivity": category_points(
                 selective,
                 letters,

@@ -42,6 +42,7 @@ from workbench.probing import (
     check_fields,
     clustered_interval,
     clustered_means,
+    colour_limits,
     counted,
     dataset,
     error_bars,
@@ -362,6 +363,7 @@ def _heads(result: Result) -> go.Figure:
         subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
         f"{int(data['sequences']):,} sequences",
         unit=axis_title(data["overlap_top"].attrs, "overlap"),
+        limits=colour_limits(data["overlap_top"].to_numpy()),
     )
 
 

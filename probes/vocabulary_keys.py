@@ -25,7 +25,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -350,11 +352,14 @@ def _assign(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _curves(curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitle: str, names: tuple[str, str]) -> Any:
-    """One line for each entry of `curves` over common horizontal values; `names` title the axes."""
+    """A line and its control over common horizontal values; `names` title the axes."""
     import plotly.graph_objects as go
 
     lines = [
-        go.Scatter(x=x, y=y, mode="lines", name=name, hovertemplate="%{x}: %{y:.3f}") for name, y in curves.items()
+        go.Scatter(x=x, y=y, mode="lines", name=name, line=line, hovertemplate="%{x}: %{y:.3f}")
+        for (name, y), line in zip(
+            curves.items(), ({"color": CATEGORIES[0]}, {"color": NEUTRAL, "dash": "dash"}), strict=True
+        )
     ]
     figure = ThemedFigure(lines)
     figure.update_layout(

@@ -41,6 +41,7 @@ from workbench.probing import (
     change_effects,
     check_fields,
     choose_layers,
+    colour_limits,
     dataset,
     document_halves,
     error_bars,
@@ -261,7 +262,7 @@ class ZeroTuning(LayerProbe):
             title=f"Which heads can respond to gamma, {model}",
             subtitle="a0 (1 - a0): a head whose a0 is near 0 or near 1 cannot",
             unit="a0 (1 - a0)",
-            limits=(0.0, 0.25),
+            limits=colour_limits(sensitivity),
         )
         return {"loss": _sweep(result, model), "sensitivity": grid}
 
@@ -296,7 +297,7 @@ def _sweep(result: Result, model: str) -> go.Figure:
     lines = {
         "tuned heads": ("loss", "tuned", "initial", CATEGORIES[0], "solid"),
         "all heads": ("loss", "all", "initial", CATEGORIES[1], "solid"),
-        "tuned heads, random key": ("loss", "tuned", "random", NEUTRAL, "solid"),
+        "tuned heads, random key": ("loss", "tuned", "random", NEUTRAL, "dash"),
         "tuned heads, temperature of the same entropy": ("loss_temperature", "tuned", "initial", CATEGORIES[0], "dot"),
     }
     x = [f"{gamma:g}" for gamma in data["gamma"].to_numpy()]

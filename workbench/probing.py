@@ -184,6 +184,7 @@ if TYPE_CHECKING:
     from workbench.figures.layer_curves import layer_curves
     from workbench.figures.layer_grid import layer_grid
     from workbench.figures.layer_panels import Curve, Panel, layer_panels
+    from workbench.figures.log_axis import log_axis
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
     from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, PROBABILITY, SIGNED, TEMPLATE, colour_bar

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from workbench.figures.error_bars import error_bars
+from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
@@ -44,7 +45,7 @@ def faithfulness_curve(data: Any) -> go.Figure:
         width=760,
         height=460,
     )
-    figure.update_xaxes(title="kept edges", type="log")
+    figure.update_xaxes(title="kept edges", **log_axis(sizes))
     return figure.update_yaxes(title="share of the gap that comes back")
 
 

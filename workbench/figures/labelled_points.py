@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.error_bars import error_bars
+from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import NEUTRAL
 from workbench.figures.themed import ThemedFigure
@@ -99,7 +100,7 @@ def labelled_scatter(
     figure = ThemedFigure(points, _layout(title, subtitle, names))
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
-    return figure.update_yaxes(type="log", exponentformat="power", dtick="D2") if log else figure
+    return figure.update_yaxes(**log_axis(*(y for _, y, _ in groups.values()))) if log else figure
 
 
 def _layout(title: str, subtitle: str, names: tuple[str, str]) -> dict[str, Any]:
