@@ -145,7 +145,9 @@ class ActiveDormant(LayerProbe):
         check_fields(self, "resamples", "permutations", at_least=1)
         check_fields(self, "seed", at_least=0)
         if self.sink is not None and not 0 <= self.sink <= self.length - 2:
-            raise RequestError(f"sink must be from 0 to {self.length - 2}, before the last of {self.length} tokens")
+            raise RequestError(
+                f"sink must be from 0 to {self.length - 2}, before the last of {counted(self.length, 'token')}"
+            )
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -210,8 +212,8 @@ class ActiveDormant(LayerProbe):
         strongest = head_name(int(best["layer"]), int(best["head"]))
         dormant = int((table["active"].to_numpy() < 0.5).sum())
         parts = [
-            f"{dormant} of {len(table)} heads are dormant on most sequences (attention to position {sink} above "
-            f"{settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences)",
+            f"{dormant} of {counted(len(table), 'head')} dormant on most sequences (attention to position {sink} above "
+            f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
             f"strongest {strongest}: {value_text(best, 'sink_attention')}",
         ]
         if not np.isnan(best.get("drain", np.nan)):
@@ -223,7 +225,10 @@ class ActiveDormant(LayerProbe):
         if "gap" in table and table["gap"].notna().to_numpy().any():
             widest, permuted = table.nlargest(1, "gap").iloc[0], float(data["gap_permuted"])
             number = int((table["gap"].to_numpy() > permuted).sum())
-            text = f"{number} heads differ between domains by more than permuted domains do ({permuted:.2f})"
+            text = (
+                f"{counted(number, 'head')} with a larger gap between domains than permuted domains have "
+                f"({permuted:z.2f})"
+            )
             if number:
                 text += (
                     f", most {head_name(int(widest['layer']), int(widest['head']))} by {value_text(widest, 'gap')}, "
@@ -371,7 +376,7 @@ def _by_domain(
 def _domain_notes(probe: ActiveDormant, documents: np.ndarray, sequences: Sequences) -> list[str]:
     notes = []
     if mixed := int((sequences.domain < 0).sum()):
-        notes.append(f"{mixed:,} sequences without a single {probe.domain} left out of the comparison")
+        notes.append(f"{counted(mixed, 'sequence')} without a single {probe.domain} left out of the comparison")
     if (documents > 1).sum() < 2:
         notes.append(f"gap not computed: it needs two values of {probe.domain} with two documents each")
     return notes
@@ -406,7 +411,7 @@ def _heads(result: Result) -> go.Figure:
         hover=[[lines.get((layer, head), "") for head in range(known.sizes["head"])] for layer in layers],
         layers=layers,
         title=f"Active share of the heads of {model_label(result)}",
-        subtitle=f"share of {int(data['sequences']):,} sequences on which position {int(data['sink_position'])} "
+        subtitle=f"share of {counted(data['sequences'], 'sequence')} on which position {int(data['sink_position'])} "
         f"receives {settings['epsilon']:g} or less of the attention",
         unit=axis_title(data["active"].attrs, "active"),
         limits=colour_limits(known["active"].to_numpy()),
@@ -435,7 +440,7 @@ def _phenomena(result: Result) -> go.Figure:
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Sink, drain and peak of position {int(data['sink_position'])} in {model_label(result)}",
-        subtitle=f"{int(data['sequences']):,} sequences; bands: 95 % intervals over documents",
+        subtitle=f"{counted(data['sequences'], 'sequence')}; bands: 95 % intervals over documents",
         unit="attention; times the other tokens' median",
     )
     figure.update_yaxes(rangemode="normal", **log_axis(*(band.values for band in bands)))
@@ -459,7 +464,7 @@ def _domains(result: Result) -> go.Figure:
         hover="%{x}",
         title=f"Active in one domain, dormant in another, {model_label(result)}",
         subtitle=f"share of active sequences; 95 % intervals over documents; the largest gap of permuted domains is "
-        f"below {float(data['gap_permuted']):.2f} in 95 %",
+        f"below {float(data['gap_permuted']):z.2f} in 95 %",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["domain_active"].attrs), range=[-0.03, 1.03])

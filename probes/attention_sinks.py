@@ -45,6 +45,7 @@ from workbench.probing import (
     group_intervals,
     head_attention,
     head_grid,
+    head_hover,
     head_name,
     interval_suffix,
     label,
@@ -170,10 +171,12 @@ class AttentionSinks(LayerProbe):
         check_fields(self, "epsilon", "row_entropy", "column_entropy", at_least=0, at_most=1)
         check_fields(self, "massive_absolute", "massive_ratio", at_least=0)
         if not 0 <= self.sink <= self.length - 2:
-            raise RequestError(f"sink must be from 0 to {self.length - 2}, before the last of {self.length} tokens")
+            raise RequestError(
+                f"sink must be from 0 to {self.length - 2}, before the last of {counted(self.length, 'token')}"
+            )
         if self.min_visible > self.length:
             raise RequestError(
-                f"min_visible is {self.min_visible} and no key is seen by more than {self.length} tokens"
+                f"min_visible is {self.min_visible} and no key is seen by more than {counted(self.length, 'token')}"
             )
 
     @plain_torch()
@@ -231,18 +234,18 @@ class AttentionSinks(LayerProbe):
         settings, data, best = result.provenance["settings"], result.data, result.table.nlargest(1, "alpha").iloc[0]
         sink = settings["sink"]
         strongest = head_name(int(best["layer"]), int(best["head"]))
-        low, high = (float(data[name]) if name in data else np.nan for name in ("sink_low", "sink_high"))
+        low, high = recorded_ends(data, "sink") or (np.nan, np.nan)
         interval = interval_suffix(low, high, ".1f")
         parts = [
-            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads{interval} (epsilon "
+            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):z.1f} % of heads{interval} (epsilon "
             f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
-            f"strongest head {strongest}, alpha {best['alpha']:.2f}",
+            f"strongest head {strongest}, alpha {best['alpha']:z.2f}",
         ]
         if not np.isnan(best.get("value_norm_ratio", np.nan)):
-            parts.append(f"the sink's value norm in {strongest} is {best['value_norm_ratio']:.2f} times the others'")
+            parts.append(f"the sink's value norm in {strongest} is {best['value_norm_ratio']:z.2f} times the others'")
         if "residual_norm_ratio" in data and data["residual_norm_ratio"].notnull().any():
             most = data["residual_norm_ratio"][int(np.nanargmax(data["residual_norm_ratio"].to_numpy()))]
-            parts.append(f"its residual norm is {float(most):.1f} times the others' at layer {int(most['layer'])}")
+            parts.append(f"its residual norm is {float(most):z.1f} times the others' at layer {int(most['layer'])}")
         massive = massive_text(data) if "massive_top" in data else ""
         return "; ".join([*parts, *filter(None, [massive, data.attrs["few"]])]) + "."
 
@@ -350,7 +353,7 @@ def _few(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> list[
     few = [f"only {counted(len(sequences), 'sequence')}"] if len(sequences) < _FEW else []
     if probe.domain is not None:
         if short := int((data["documents"] < _FEW).sum()):
-            few.append(f"fewer than {_FEW} documents in {short} of {len(sequences.domains)} domains")
+            few.append(f"fewer than {_FEW} documents in {short} of {counted(len(sequences.domains), 'domain')}")
         if (single := int((data["documents"] < 2).sum())) and len(sequences.domains) > 1:
             few.append(f"{single} of fewer than 2 documents {'takes' if single == 1 else 'take'} no part in the gap")
     return few
@@ -388,13 +391,14 @@ def _sinks(result: Result) -> go.Figure:
     sink = settings["sink"]
     alpha = data["alpha"].isel(position=sink)
     alpha = alpha.sel(layer=alpha["layer"][alpha.notnull().any("head").to_numpy()])
-    lines = {(row["layer"], row["head"]): _hover(row) for row in result.table.to_dict("records")}
+    measures = ("alpha", "sink_share", "row_entropy", "column_entropy", "detected", "value_norm_ratio", "gap")
+    lines = {(row["layer"], row["head"]): head_hover(row, measures) for row in result.table.to_dict("records")}
     layers = alpha["layer"].to_numpy().tolist()
     figure = head_grid(
         alpha.to_numpy(),
         hover=[[lines.get((layer, head), "") for head in range(alpha.sizes["head"])] for layer in layers],
         layers=layers,
-        title=f"Attention sinks of {model_label(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
+        title=f"Attention sinks of {model_label(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):z.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
         f"epsilon {settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')}",
         unit=axis_title(data["alpha"].attrs, "alpha"),
@@ -416,29 +420,17 @@ def _over_text(result: Result) -> go.Figure:
     patterns = data["example_pattern"]
     heads = zip(data["example_layer"].to_numpy().tolist(), data["example_head"].to_numpy().tolist(), strict=True)
     length, known = result.provenance["settings"]["length"], patterns.attrs.get("heads")
-    among = f" of {int(known):,} heads whose patterns were recorded" if known else " heads"  # earlier results have none
+    among = (
+        f" of {counted(known, 'head')} whose patterns were recorded" if known else " heads"
+    )  # earlier results have none
     return head_attention(
         patterns.to_numpy(),
         heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
         title=f"Attention in {model_label(result)}",
-        subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
+        subtitle=f"{patterns.sizes['query']} of {counted(length, 'token')} of the first sequence; the menu has "
         f"{patterns.sizes['example']}{among}, those with the largest alpha",
     )
-
-
-def _hover(row: Mapping[str, Any]) -> str:
-    measures = {
-        "alpha": "alpha",
-        "sink_share": "share of sequences in which it is a sink",
-        "row_entropy": "row entropy",
-        "column_entropy": "column entropy",
-        "detected": "share of sequences in which it is detected",
-        "value_norm_ratio": "value norm, times the others'",
-        "gap": "gap between domains",
-    }
-    lines = [f"{text}: {row[name]:.3g}" for name, text in measures.items() if not np.isnan(row.get(name, np.nan))]
-    return "<br>".join([f"<b>{head_name(row['layer'], row['head'])}</b>", *lines])
 
 
 def _positions(result: Result) -> go.Figure:
@@ -470,8 +462,7 @@ def _norms(result: Result) -> go.Figure:
         bands,
         layers=known["layer"].to_numpy().tolist(),
         title=f"Residual norm of the sink in {model_label(result)}",
-        subtitle=counted(data["sequences"], "sequence")
-        + "; bands: 95 % intervals over documents" * (bands[0].ends is not None),
+        subtitle=counted(data["sequences"], "sequence") + "; bands: 95 % CI over documents" * bool(bands[0].ends),
         unit=axis_title(data["residual_norm_sink"].attrs),
     )
     return figure.update_yaxes(**log_axis(*(np.asarray(band.values) for band in bands)))
@@ -483,10 +474,8 @@ def _by_domain(result: Result) -> go.Figure:
     # one point for each head, not their product
     at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("attention", "attention_low", "attention_high")]
-    names = [
-        f"{label(name)} ({counted(number, 'document')})"
-        for name, number in zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
-    ]
+    numbers = zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
+    names = [f"{label(name)} ({counted(number, 'document')})" for name, number in numbers]
     epsilon = result.provenance["settings"]["epsilon"]
     low, high = data["attention_low"] > epsilon, data["attention_high"] < epsilon
     switching, compared = int((low.any("domain") & high.any("domain")).sum()), int(data["gap"].notnull().sum())

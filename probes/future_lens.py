@@ -264,13 +264,14 @@ class FutureLens(LayerProbe):
             names = ("bigram_seen", "seen_precision", "bigram_seen_precision")
             share, accuracy, bigram = (100 * float(at[name]) for name in names)
             against = (
-                f"on the {share:.0f} % of tokens that the bigram has seen {accuracy:.0f} to {bigram:.0f} %, {against}"
+                f"on the {share:z.0f} % of tokens that the bigram has seen {accuracy:z.0f} to "
+                f"{bigram:z.0f} %, {against}"
             )
             against = against if share else "the bigram has seen none of the tokens, so there is no gain to measure"
         return with_note(
-            f"Top-1 accuracy at {tokens_ahead(int(at_horizon['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
+            f"Top-1 accuracy at {tokens_ahead(int(at_horizon['horizon']))}: {100 * float(at['precision'][0]):z.0f} % "
             f"(layer {int(at_horizon['best_layer'])}, {at['method'].item()} probe); bigram baseline "
-            f"{100 * float(at_horizon['bigram_precision']):.0f} %; {against}.",
+            f"{100 * float(at_horizon['bigram_precision']):z.0f} %; {against}.",
             result,
         )
 
@@ -437,7 +438,7 @@ def _precision(result: Result) -> go.Figure:
     documents, seen_note = int(data["documents"]), ""
     bands = "; bands: 95 % intervals over these" * (recorded_ends(data, "precision") is not None)
     if "bigram_seen" in data:
-        seen_note = f", which have at least {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens"
+        seen_note = f", which have at least {100 * float(data['bigram_seen'].min()):z.0f} % of the test tokens"
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),

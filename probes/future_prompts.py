@@ -37,6 +37,7 @@ from workbench.probing import (
     check_fields,
     choose_layer,
     clustered_ends,
+    counted,
     dataset,
     load_future_task,
     load_unembed,
@@ -231,7 +232,8 @@ class FuturePrompts(LayerProbe):
         longest = max(self.prompt_tokens, *map(len, ids), 0) + self.horizons - 1
         if model.context_limit is not None and longest > model.context_limit:
             raise RequestError(
-                f"prompts and horizons need {longest} positions and model {model.name!r} has {model.context_limit}; "
+                f"prompts and horizons need {counted(longest, 'position')} and model {model.name!r} has "
+                f"{model.context_limit}; "
                 "shorten the prompts"
             )
         return [token_embeddings(model, tokens) for tokens in ids]
@@ -247,11 +249,11 @@ class FuturePrompts(LayerProbe):
             best = at.isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
             names = ("zero_precision", "gain", "gain_low", "gain_high", "bigram_precision")
             zero, gain, low, high, bigram = (100 * float(best[name]) for name in names)
-            seen_note = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
+            seen_note = f", {100 * float(at['bigram_seen']):z.0f} % of tokens seen" if "bigram_seen" in data else ""
             parts.append(
-                f"{regime_name(regime)} {100 * float(best['precision'][0]):.0f} % (layer {int(at['best_layer'])}, "
-                f"prompt {short_prompt(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain "
-                f"{points_text(gain, low, high)}; bigram baseline {bigram:.0f} %{seen_note})"
+                f"{regime_name(regime)} {100 * float(best['precision'][0]):z.0f} % (layer {int(at['best_layer'])}, "
+                f"prompt {short_prompt(str(best['prompt'].item()))}; zero state {zero:z.0f} %, gain "
+                f"{points_text(gain, low, high)}; bigram baseline {bigram:z.0f} %{seen_note})"
             )
         return with_note(f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}.", result)
 

@@ -230,31 +230,31 @@ class InductionHeads(LayerProbe):
         heads = f"{number} of {measured} heads are induction heads (excess > {threshold:g})"
         heads = heads if measured else "Induction heads not counted: there is no other sequence to compare with"
         interval = interval_suffix(best["induction_low"], best["induction_high"])
-        blind = f"one fixed offset collects at most {float(data['offset_bound']):.2f}"
+        blind = f"one fixed offset collects at most {float(data['offset_bound']):z.2f}"
         if not np.isnan(best.get("induction_shuffled", np.nan)):
             blind = (
-                f"targets of other sequences {best['induction_shuffled']:.2f}, best fixed offset "
-                f"{best['induction_reference']:.2f}"
+                f"targets of other sequences {best['induction_shuffled']:z.2f}, best fixed offset "
+                f"{best['induction_reference']:z.2f}"
             )
         text = (
             f"{heads}; strongest {head_name(int(best['layer']), int(best['head']))}: induction "
-            f"{best['induction']:.2f}{interval}, {blind}"
+            f"{best['induction']:z.2f}{interval}, {blind}"
         )
         if not np.isnan(best.get("duplicate", np.nan)):
-            text += f", duplicate {best['duplicate']:.2f}"
+            text += f", duplicate {best['duplicate']:z.2f}"
         if "copying" in data:
-            text += f", copying {100 * best['copying']:.0f} %, eigenvalues {best['copying_eigen']:.2f}"
+            text += f", copying {100 * best['copying']:z.0f} %, eigenvalues {best['copying_eigen']:z.2f}"
         if "ablation" in data and "after repeated tokens" in data["group"].to_numpy():
             several = str(data["ablated"][-1].item()).replace("all ", "the strongest ")
             effect = ablation_text({name: data[name].to_numpy() for name in map(str, data.data_vars)})
             text += f"; loss after repeated tokens with {several} ablated {effect}"
         if "loss_repeated" in data:
             text += (
-                f"; loss after repeated tokens {float(data['loss_repeated']):.2f} nats, after new ones "
-                f"{float(data['loss_new']):.2f}"
+                f"; loss after repeated tokens {float(data['loss_repeated']):z.2f} nats, after new ones "
+                f"{float(data['loss_new']):z.2f}"
             )
         if "icl_score" in data:
-            text += f"; in-context-learning score {float(data['icl_score']):.2f} nats"
+            text += f"; in-context-learning score {float(data['icl_score']):z.2f} nats"
         return with_note(f"{text}.", result)
 
     @staticmethod

@@ -260,12 +260,14 @@ class JacobianLens(LayerProbe):
             order = np.random.default_rng(self.seed).permutation(len(known))
             number = max(1, int((counts[order].cumsum() <= self.row_limit).sum()))
             rows = rows[np.isin(sequence[rows], known[order[:number]])][: self.row_limit]
-            notes.append(f"{len(rows):,} of {total:,} tokens were read")
+            notes.append(f"{len(rows):,} of {counted(total, 'token')} read")
         halves = [cosine for cosine in lens.made_of.get("split_half", []) if cosine is not None]
         if not halves:
             notes.append(f"J is of {lens.made_of.get('prompts', 1)} prompt: how well it is determined is unknown")
         elif min(halves) < 0.8:
-            notes.append(f"J of the even and the odd prompts differ (least cosine {min(halves):.2f}): fit more prompts")
+            notes.append(
+                f"J of the even and the odd prompts differ (least cosine {min(halves):z.2f}): fit more prompts"
+            )
         return rows, notes
 
     def _result(
@@ -325,12 +327,12 @@ class JacobianLens(LayerProbe):
         first = data.isel(layer=read[0])
         text = (
             f"Jacobian lens: {'; '.join(parts)}. KL(model ‖ lens) at layer {int(first['layer'])}: "
-            f"{float(first['mean_kl']):.2f} nats, logit lens {float(first['logit_mean_kl']):.2f}. J of "
+            f"{float(first['mean_kl']):z.2f} nats, logit lens {float(first['logit_mean_kl']):z.2f}. J of "
             f"{counted(data['prompts'], 'prompt')}"
         )
         half = data["split_half"].to_numpy()
         if not np.isnan(half).all():
-            text += f", halves agree by a cosine of {np.nanmin(half):.2f} or more"
+            text += f", halves agree by a cosine of {np.nanmin(half):z.2f} or more"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -372,7 +374,7 @@ def _fit_statistics(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarra
 
 
 def _percent(value: Any) -> str:
-    return "not measured" if np.isnan(float(value)) else f"{100 * float(value):.0f} %"
+    return "not measured" if np.isnan(float(value)) else f"{100 * float(value):z.0f} %"
 
 
 def _recall(result: Result) -> Any:

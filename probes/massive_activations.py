@@ -186,8 +186,8 @@ class MassiveActivations(LayerProbe):
         at = int(np.lexsort((top, share))[-1])
         line = table.loc[table["layer"] == layers[at]].iloc[0]
         median = float(data["median"][at])
-        times = f", {top[at] / median:,.0f} times the median" if median > 1e-9 * top[at] else ""
-        size = f"{top[at]:,.0f}" if top[at] >= 100 else f"{top[at]:.3g}"
+        times = f", {top[at] / median:z,.0f} times the median" if median > 1e-9 * top[at] else ""
+        size = f"{top[at]:z,.0f}" if top[at] >= 100 else f"{top[at]:.3g}"
         place = f"dimension {int(line['dimension'])}, {line['position']} token {str(line['token'])!r}"
         if share[at] == 0:
             text = f"No massive activations: the largest |h| is {size} on average{times} (layer {layers[at]}, {place})"
@@ -195,18 +195,20 @@ class MassiveActivations(LayerProbe):
             span = _span(layers[share > 0])
             text = (
                 f"Massive activations at {span}: the largest of a sequence is {size} on average{times} (layer "
-                f"{layers[at]}, {place}), in {100 * share[at]:.0f} % of {data.attrs['sequences']} sequences and "
+                f"{layers[at]}, {place}), in {100 * share[at]:z.0f} % of "
+                f"{counted(data.attrs['sequences'], 'sequence')} and "
                 f"{100 * float(data['tokens'][at]):.2g} % of tokens"
             )
         if "value_norm_ratio" in data:
             text += (
-                f"; values of such tokens have {float(data['value_norm_ratio'].median()):.2f} times the norm of others"
+                f"; values of such tokens have {float(data['value_norm_ratio'].median()):z.2f} times the norm of others"
             )
         if "loss" in data:
             loss = {change: float(data["loss"].sel(change=change)) for change in ("none", *CHANGES)}
             text += (
-                f"; loss {loss['none']:.2f} nats, set to their mean {loss['mean']:.2f}, set to 0 {loss['zero']:.2f}, "
-                f"other dimensions of the same tokens set to 0 {loss['random']:.2f}"
+                f"; loss {loss['none']:z.2f} nats, set to their mean {loss['mean']:z.2f}, set to 0 "
+                f"{loss['zero']:z.2f}, "
+                f"other dimensions of the same tokens set to 0 {loss['random']:z.2f}"
             )
         return with_note(f"{text}.", result)
 
@@ -305,7 +307,7 @@ def _effect(
         low, high = intervals(resampled[..., 0, 0])
         parts = zip(("", "_low", "_high"), (mean[:, 0, 0], low, high), strict=True)
         arrays |= {f"{name}{end}": values if name == "loss" else np.append(0.0, values) for end, values in parts}
-    return arrays, f"effect of changes at the output of block {layer} on {len(ids):,} predictions"
+    return arrays, f"effect of changes at the output of block {layer} on {counted(len(ids), 'prediction')}"
 
 
 def _table(probe: MassiveActivations, store: Store, by_layer: Mapping[int, MassivePlaces]) -> pd.DataFrame:
@@ -370,7 +372,7 @@ def _values(result: Result) -> go.Figure:
     layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
     values = data["value_norm_ratio"].to_numpy()
     hover = [
-        [f"<b>{head_name(layer, head)}</b><br>ratio {values[row, head]:.3f}" for head in heads]
+        [f"<b>{head_name(layer, head)}</b><br>ratio {values[row, head]:z.3f}" for head in heads]
         for row, layer in enumerate(layers)
     ]
     return head_grid(
@@ -407,4 +409,8 @@ def _span(layers: np.ndarray) -> str:
     if len(layers) == 1:
         return f"layer {layers[0]}"
     whole = layers[-1] - layers[0] + 1 == len(layers)
-    return f"layers {layers[0]} to {layers[-1]}" if whole else f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
+    return (
+        f"layers {layers[0]} to {layers[-1]}"
+        if whole
+        else f"{counted(len(layers), 'layer')} from {layers[0]} to {layers[-1]}"
+    )

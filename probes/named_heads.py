@@ -35,6 +35,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    counted,
     dataset,
     find_chains,
     find_places,
@@ -170,7 +171,7 @@ class HeadAblation(StoreProbe):
             VARIABLES, _arrays(ablated, list(sets), list(groups)), {"heads": list(sets), "group": list(groups)}
         )
         documents = len(np.unique(store.tokens["document"].to_numpy()[rows]))
-        data.attrs["note"] = f"intervals over {documents} documents" if documents < 10 else ""
+        data.attrs["note"] = f"intervals over {counted(documents, 'document')}" if documents < 10 else ""
         return Result(self.name, data, ablated.table, provenance(store, self))
 
     def _named(self) -> list[tuple[int, int]]:
@@ -218,10 +219,12 @@ class HeadAblation(StoreProbe):
             interval = interval_suffix(low, high)
             parts.append(
                 f"loss at {group} {float(at['loss']):+z.2f} nats{interval} (random heads "
-                f"{float(at['loss_random']):+z.2f}), accuracy {100 * float(at['plain_accuracy']):.0f} to "
-                f"{100 * float(at['plain_accuracy'] + at['accuracy']):.0f} %"
+                f"{float(at['loss_random']):+z.2f}), accuracy {100 * float(at['plain_accuracy']):z.0f} to "
+                f"{100 * float(at['plain_accuracy'] + at['accuracy']):z.0f} %"
             )
-        return with_note(f"Without {names}: {'; '.join(parts)} ({int(data['tokens'].sum()):,} tokens).", result)
+        return with_note(
+            f"Without {names}: {'; '.join(parts)} ({counted(int(data['tokens'].sum()), 'token')}).", result
+        )
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -278,7 +281,7 @@ def _figure(result: Result, name: str) -> go.Figure:
         categories=categories,
         hover="%{x}",
         title=f"{titles[name]} without these heads, {label(str(result.provenance['model']), 50)}",
-        subtitle=f"random heads: mean of {draws} draws of the same layers; 95 % intervals over documents",
+        subtitle=f"random heads: mean of {counted(draws, 'draw')} of the same layers; 95 % intervals over documents",
     )
     points: Any
     for number, points in enumerate(figure.data):

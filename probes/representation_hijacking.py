@@ -202,20 +202,21 @@ class RepresentationHijacking(LayerProbe):
         low, high = (float(at[f"overwrite_{end}"][layer]) for end in ("low", "high"))
         interval = interval_suffix(low, high)
         controls = ", ".join(
-            f"{name} {float(data['overwrite'].sel(condition=name)[layer]):.2f}" for name in CONDITIONS[1:]
+            f"{name} {float(data['overwrite'].sel(condition=name)[layer]):z.2f}" for name in CONDITIONS[1:]
         )
         crossing = float(at["crossing"])
         where = (
-            "no layer from which it stays above 0" if np.isnan(crossing) else f"above 0 from layer {crossing:.0f} on"
+            "no layer from which it stays above 0" if np.isnan(crossing) else f"above 0 from layer {crossing:z.0f} on"
         )
         text = (
             f"{data.attrs['word']!r} in {counted(number, 'sentence')} of {data.attrs['original']!r}: largest overwrite "
-            f"{float(at['overwrite'][layer]):.2f} at layer {int(data['layer'][layer])}{interval} ({controls}); {where}"
+            f"{float(at['overwrite'][layer]):z.2f} at layer {int(data['layer'][layer])}{interval} ({controls}); {where}"
         )
         if "reading" in data:
             ratio = float(at["reading"][layer])
             text += (
-                f"; patchscope there: ln P ratio {ratio:.1f} (random state {float(data['reading_random'][layer]):.1f})"
+                f"; patchscope there: ln P ratio {ratio:z.1f} (random state "
+                f"{float(data['reading_random'][layer]):z.1f})"
             )
         return with_note(f"{text}.", result)
 

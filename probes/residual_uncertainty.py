@@ -160,22 +160,22 @@ class ResidualUncertainty(LayerProbe):
         data, layers = result.data, result.data["layer"].to_numpy()
         loss = data["cross_entropy"].to_numpy()
         text = (
-            f"Residual cross-entropy: {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} at layer {layers[-1]}; "
-            f"it falls at every layer on {100 * float(data['falling_share']):.0f} % of tokens. "
+            f"Residual cross-entropy: {loss[0]:z.2f} nats at layer {layers[0]}, {loss[-1]:z.2f} at layer {layers[-1]}; "
+            f"it falls at every layer on {100 * float(data['falling_share']):z.0f} % of tokens. "
         )
         wrong, output_auc = 100 * float(data["wrong_share"]), float(data["output_auc"])
         if np.isnan(output_auc):
-            reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:.0f} % of the tokens"
+            reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:z.0f} % of the tokens"
             return with_note(f"{text}Detectors of errors not compared: {reason}.", result)
-        text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {output_auc:.3f}"
+        text += f"The model errs on {wrong:z.0f} %; AUC of detectors: own output {output_auc:z.3f}"
         for name in data["statistic"].to_numpy().tolist():
             detector = data.sel(statistic=name)
             interval = _interval(*(float(detector[f"depth_gain{end}"]) for end in ("", "_low", "_high")))
-            text += f", {name.replace('_', ' ')} {float(detector['depth_auc']):.3f} ({interval})"
+            text += f", {name.replace('_', ' ')} {float(detector['depth_auc']):z.3f} ({interval})"
         earlier = data.isel(layer=slice(0, -1))
         best = earlier.isel(layer=int(np.nan_to_num(earlier["auc"].to_numpy(), nan=-1).argmax()))
         interval = _interval(*(float(best[f"auc_gain{end}"]) for end in ("", "_low", "_high")))
-        text += f", best earlier layer {int(best['layer'])} {float(best['auc']):.3f} ({interval})"
+        text += f", best earlier layer {int(best['layer'])} {float(best['auc']):z.3f} ({interval})"
         gained = [
             ((part[f"{name}_low"] > 0.5) & (part[f"{gain}_low"] > 0)).any().item()
             for part, name, gain in ((data, "depth_auc", "depth_gain"), (earlier, "auc", "auc_gain"))
@@ -281,7 +281,7 @@ def _trajectory(result: Result) -> go.Figure:
         layers=data["layer"].to_numpy().tolist(),
         title=f"Residual cross-entropy of {label(str(result.provenance['model']), 60)}",
         subtitle="cross-entropy against the model's own top token; "
-        f"{counted(data['rows_with_next'], 'token')}, {share:.0f} % wrong" + "; bands: 95 % CI over documents" * drawn,
+        f"{counted(data['rows_with_next'], 'token')}, {share:z.0f} % wrong" + "; bands: 95 % CI over documents" * drawn,
         unit=axis_title(data["cross_entropy"].attrs),
     )
     return figure.update_yaxes(rangemode="tozero")

@@ -204,7 +204,7 @@ class Stages(LayerProbe):
         parameters = 12 * sizes.n_layers * sizes.d_model**2 + sizes.vocab * sizes.d_model
         passes = 2 * len(layers) * (1 + self.control)
         paid = max(1, int(_CPU_WORK // (2 * parameters * passes)))
-        note = f"about {paid:,} tokens measured, as many as some minutes allow; set row_limit to measure more"
+        note = f"about {counted(paid, 'token')} measured, as many as some minutes allow; set row_limit to measure more"
         return (paid, note) if paid < _ROWS else (_ROWS, "")
 
     def _layers(self, n_layers: int) -> list[int]:
@@ -287,22 +287,22 @@ class Stages(LayerProbe):
         data = result.data
         rows = counted(data["rows"], "token")
         if "agreement_delete" not in data:
-            return with_note(f"Markers of stages at {data.sizes['layer']} layers, {rows}.", result)
+            return with_note(f"Markers of stages at {counted(data.sizes['layer'], 'layer')}, {rows}.", result)
         layers = data["layer"].to_numpy()
         keep = 100 * data["agreement_delete"].to_numpy()
         swap = 100 * data["agreement_swap"].to_numpy()
         middle = slice(len(layers) // 4, max(len(layers) // 4 + 1, 3 * len(layers) // 4))
         text = "Top-1 predictions kept without one block: "
         if len(layers) > 2:
-            text += f"{keep[middle].mean():.0f} % on average in layers {layers[middle][0]} to {layers[middle][-1]}, "
-        text += ", ".join(f"{keep[at]:.0f} % for layer {layers[at]}" for at in sorted({0, len(layers) - 1}))
+            text += f"{keep[middle].mean():z.0f} % on average in layers {layers[middle][0]} to {layers[middle][-1]}, "
+        text += ", ".join(f"{keep[at]:z.0f} % for layer {layers[at]}" for at in sorted({0, len(layers) - 1}))
         if not np.isnan(swap[middle]).all():
-            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} %"
+            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):z.0f} %"
             text += " in the same layers" * (len(layers) > 2)
-        text += f"; mean KL without one block {float(data['kl_delete'].mean()):.2f} nats"
+        text += f"; mean KL without one block {float(data['kl_delete'].mean()):z.2f} nats"
         if "agreement_delete_random" in data:
-            text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):.0f} %, KL "
-            text += f"{float(data['kl_delete_random'].mean()):.2f}"
+            text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):z.0f} %, KL "
+            text += f"{float(data['kl_delete_random'].mean()):z.2f}"
         return with_note(f"{text} ({rows}).", result)
 
     @staticmethod

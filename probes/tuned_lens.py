@@ -32,6 +32,7 @@ from workbench.probing import (
     Variable,
     check,
     check_fields,
+    counted,
     dataset,
     kl_slope,
     lens_curves,
@@ -234,7 +235,7 @@ class TunedLens(LayerProbe):
         epochs = min(_EPOCHS, visits // len(rows))
         if epochs == _EPOCHS:
             return _Plan(rows, checked, epochs)
-        words = f"{epochs} epoch{'s' * (epochs > 1)} of {len(rows):,} of {len(training):,} tokens"
+        words = f"{counted(epochs, 'epoch')} of {len(rows):,} of {counted(len(training), 'token')}"
         note = f"trained for {words}, as long as some minutes allow; set epochs to train longer"
         return _Plan(rows, checked, epochs, note)
 
@@ -295,8 +296,8 @@ class TunedLens(LayerProbe):
         if data.sizes["layer"] == 1 and data.attrs.get("own_output") == 0:
             return with_note("Only the model's own output was recorded, which has no map.", result)
         return with_note(
-            f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:.2f} nats with the tuned lens, "
-            f"{plain[0]:.2f} nats with the logit lens (mean over {int(data['rows']):,} held-out tokens).",
+            f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:z.2f} nats with the tuned lens, "
+            f"{plain[0]:z.2f} nats with the logit lens (mean over {counted(data['rows'], 'held-out token')}).",
             result,
         )
 

@@ -150,7 +150,7 @@ class ValueAwareImportance(LayerProbe):
         check_fields(self, "resamples", "effect_sequences", at_least=1)
         check_fields(self, "seed", at_least=0)
         if not 0 <= self.sink < self.length:
-            raise RequestError(f"sink must be from 0 to {self.length - 1}, one of {self.length} tokens")
+            raise RequestError(f"sink must be from 0 to {self.length - 1}, one of {counted(self.length, 'token')}")
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -182,7 +182,9 @@ class ValueAwareImportance(LayerProbe):
         }
         arrays = _summary(self, read, sequences, classes)
         if sequences.short:
-            notes.append(f"{sequences.short:,} sequences of fewer than {self.length} tokens left out")
+            notes.append(
+                f"{counted(sequences.short, 'sequence')} of fewer than {counted(self.length, 'token')} left out"
+            )
         heads = max(part["spearman"].shape[1] for part in read.values())
         coords = {"layer": layers, "head": np.arange(heads), "class": list(TOKEN_CLASSES)}
         data = dataset(_VARIABLES, arrays, coords)
@@ -196,14 +198,14 @@ class ValueAwareImportance(LayerProbe):
         text = (
             f"The top {100 * settings['top']:g} % of keys by attention and by attention times value size overlap by "
             f"{value_text(data, 'overlap')} (mean over heads; permuted value sizes "
-            f"{float(data['overlap_shuffled'].mean()):.2f}); position {settings['sink']} ranks {ranks[0]:.0f} of "
-            f"{settings['length']} by attention and {ranks[1]:.0f} with values (medians over heads)"
+            f"{float(data['overlap_shuffled'].mean()):z.2f}); position {settings['sink']} ranks {ranks[0]:z.0f} of "
+            f"{settings['length']} by attention and {ranks[1]:z.0f} with values (medians over heads)"
         )
         if "effect_gain" in data:
             means = [float(data[f"effect_{name}"].mean()) for name in ("value", "attention", "shuffled")]
             text += (
-                f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:.2f} with "
-                f"values, {means[1]:.2f} without, gain {value_text(data, 'effect_gain')}, permuted {means[2]:.2f}"
+                f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:z.2f} with "
+                f"values, {means[1]:z.2f} without, gain {value_text(data, 'effect_gain')}, permuted {means[2]:z.2f}"
             )
         return with_note(f"{text}.", result)
 
@@ -361,7 +363,7 @@ def _heads(result: Result) -> go.Figure:
         layers=layers,
         title=f"Attention and value-aware importance in {model_label(result)}: overlap {value_text(data, 'overlap')}",
         subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
-        f"{int(data['sequences']):,} sequences",
+        f"{counted(data['sequences'], 'sequence')}",
         unit=axis_title(data["overlap_top"].attrs, "overlap"),
         limits=colour_limits(data["overlap_top"].to_numpy()),
     )

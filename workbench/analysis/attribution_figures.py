@@ -74,7 +74,7 @@ def attribution_heads(result: Result, quantity: str) -> go.Figure:
     values = heads.pivot(index="layer", columns="index", values="contribution")
     limit = float(np.nanmax(np.abs(values.to_numpy(dtype=float)))) or 1.0
     hover = [
-        [f"{head_name(int(layer), int(head))}: {values.loc[layer, head]:.3f}" for head in values.columns]
+        [f"{head_name(int(layer), int(head))}: {values.loc[layer, head]:z.3f}" for head in values.columns]
         for layer in values.index
     ]
     figure = head_grid(

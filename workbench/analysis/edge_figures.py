@@ -11,6 +11,7 @@ from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
+from workbench.io.counts import counted
 
 _SHOWN = 24
 _ARROW = "\u2192"
@@ -39,7 +40,8 @@ def faithfulness_curve(data: Any) -> go.Figure:
         title={
             "text": "Faithfulness of the best edges",
             "subtitle": {
-                "text": f"kept edges clean, others corrupt; {total:,} edges, 95 % CI over {data.sizes['pair']} pairs"
+                "text": f"kept edges clean, others corrupt; {counted(total, 'edge')}, 95 % CI over "
+                f"{counted(data.sizes['pair'], 'pair')}"
             },
         },
         width=760,

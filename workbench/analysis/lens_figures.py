@@ -124,11 +124,11 @@ def _hover(row: dict[str, Any]) -> str:
     lines = [f"<b>layer {row['layer']}, position {row['position']}, token {label(row['token'])}</b>"]
     k = 1
     while f"top_token_{k}" in row:
-        lines.append(f"{row[f'top_probability_{k}']:.3f}  {label(row[f'top_token_{k}'])}")
+        lines.append(f"{row[f'top_probability_{k}']:z.3f}  {label(row[f'top_token_{k}'])}")
         k += 1
-    lines.append(f"entropy {row['entropy']:.3f} nats, KL to output {row['kl']:.3f} nats")
+    lines.append(f"entropy {row['entropy']:z.3f} nats, KL to output {row['kl']:z.3f} nats")
     if row["rank"]:
-        lines.append(f"next {label(row['next_token'])}: rank {row['rank']}, {row['cross_entropy']:.3f} nats")
+        lines.append(f"next {label(row['next_token'])}: rank {row['rank']}, {row['cross_entropy']:z.3f} nats")
     return "<br>".join(lines)
 
 

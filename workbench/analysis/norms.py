@@ -111,10 +111,10 @@ def massive_text(data: xr.Dataset) -> str:
     layers = data[names].dropna("layer")
     at = layers.isel(layer=int(np.lexsort((layers["massive_top"].to_numpy(), layers["massive"].to_numpy()))[-1]))
     share, size, median, position, dimension = (float(at[name]) for name in names)
-    times = f", {size / median:,.0f} times the median" if median else ""
-    place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"
-    summary = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
-    mean = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+    times = f", {size / median:z,.0f} times the median" if median else ""
+    place = f"layer {int(at['layer'])}, position {position:z.0f}, dimension {dimension:z.0f}"
+    summary = f"massive activations in {100 * share:z.0f} % of sequences" if share else "no massive activations"
+    mean = f"{size:z,.0f}" if size >= 1000 else f"{size:.3g}"
     return f"{summary}: the largest of a sequence is {mean} on average{times} ({place})"
 
 

@@ -98,9 +98,10 @@ def labelled_scatter(
         dashes = {"dash": "dash", "color": NEUTRAL}
         points.append(go.Scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip"))
     figure = ThemedFigure(points, _layout(title, subtitle, names))
+    marked = np.array([] if line is None else [line], float)
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
-    return figure.update_yaxes(**log_axis(*(y for _, y, _ in groups.values()))) if log else figure
+    return figure.update_yaxes(**log_axis(*(y for _, y, _ in groups.values()), marked)) if log else figure
 
 
 def _layout(title: str, subtitle: str, names: tuple[str, str]) -> dict[str, Any]:

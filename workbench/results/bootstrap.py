@@ -240,7 +240,7 @@ def interval_suffix(low: Any, high: Any, form: str = ".2f") -> str:
 def value_text(values: Any, name: str, digits: int = 2) -> str:
     """Returns a variable with its interval as text: "0.20, 95 % CI [0.12, 0.34]"; `values` has its ends, too."""
     value, low, high = (float(values[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{value:.{digits}f}{interval_suffix(low, high, f'.{digits}f')}"
+    return f"{value:z.{digits}f}{interval_suffix(low, high, f'.{digits}f')}"
 
 
 def points_text(difference: Any, low: Any, high: Any) -> str:
