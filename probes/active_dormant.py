@@ -212,7 +212,7 @@ class ActiveDormant(LayerProbe):
         strongest = head_name(int(best["layer"]), int(best["head"]))
         dormant = int((table["active"].to_numpy() < 0.5).sum())
         parts = [
-            f"{dormant} of {counted(len(table), 'head')} dormant on most sequences (attention to position {sink} above "
+            f"{dormant} of {counted(len(table), 'head')} {'is' if dormant == 1 else 'are'} dormant on most sequences (attention to position {sink} above "
             f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
             f"strongest {strongest}: {value_text(best, 'sink_attention')}",
         ]
@@ -226,8 +226,8 @@ class ActiveDormant(LayerProbe):
             widest, permuted = table.nlargest(1, "gap").iloc[0], float(data["gap_permuted"])
             number = int((table["gap"].to_numpy() > permuted).sum())
             text = (
-                f"{counted(number, 'head')} with a larger gap between domains than permuted domains have "
-                f"({permuted:z.2f})"
+                f"{counted(number, 'head')} {'differs' if number == 1 else 'differ'} between domains by more than "
+                f"permuted domains do ({permuted:z.2f})"
             )
             if number:
                 text += (

@@ -193,7 +193,7 @@ if TYPE_CHECKING:
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip
     from workbench.io.checks import check, check_fields, check_kind
-    from workbench.io.counts import counted
+    from workbench.io.counted import counted
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress, with_progress
     from workbench.io.torch_state import plain_torch, usable_device

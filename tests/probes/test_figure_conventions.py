@@ -16,7 +16,7 @@ from workbench.analysis.erasure_figures import vocabulary_bars
 from workbench.figures.colour_limits import colour_limits
 from workbench.figures.log_axis import log_axis
 from workbench.figures.theme import CATEGORIES, NEUTRAL
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.probes import fiber_bundle
 from workbench.probes.fiber_bundle import FiberBundle
 from workbench.probes.named_heads import HeadAblation

@@ -308,7 +308,7 @@ def test_result_table_figures_and_headline(result, tmp_path):
     figures = FuturePrompts.figures(result)
     assert len(figures["precision"].data) == 2 * 4 * (3 * 3 + 1)  # band, curve, zero state; bigram
     np.testing.assert_array_equal(
-        figures["precision"].data[0].y,
+        figures["precision"].data[1].y,
         data["precision"].sel(prompt=FEW.prompts[0], regime="teacher-forced", horizon=0, k=1),
     )
     assert len(figures["ranks"].data) == 8

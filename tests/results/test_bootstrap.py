@@ -45,6 +45,12 @@ def test_the_interval_is_that_of_documents_not_of_tokens():
     assert tokens.high - tokens.low < (interval.high - interval.low) / 5
 
 
+def tails(clusters: int) -> list[float]:
+    """Levels of the expanded percentile interval of Hesterberg 2015."""
+    tail = scipy.stats.norm.cdf(-math.sqrt(clusters / (clusters - 1)) * scipy.stats.t.ppf(0.975, clusters - 1))
+    return [tail, 1 - tail]
+
+
 def test_ends_of_several_statistics_are_those_of_each_alone():
     draw = np.random.default_rng(0)
     values, document = draw.normal(size=(40, 2, 3)), draw.integers(7, size=40)
@@ -53,7 +59,7 @@ def test_ends_of_several_statistics_are_those_of_each_alone():
     for at in np.ndindex(2, 3):
         interval = clustered_interval(values[:, *at], document, resamples=50, seed=2)
         drawn = clustered_means(values[:, *at, None], document, resamples=50, seed=2)[1][:, 0]
-        assert (low[at], high[at]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+        assert (low[at], high[at]) == pytest.approx(tuple(np.quantile(drawn, tails(7))))
         assert low[at] < interval.mean < high[at]
     assert np.isnan(clustered_ends(values, np.zeros(40), resamples=50)).all()  # one document
     assert np.isnan(clustered_ends(values[:0], document[:0], resamples=50)).all()  # no row
@@ -65,7 +71,8 @@ def test_ends_of_bins_are_those_of_the_rows_of_each_bin():
     low, high = binned_ends(values, bins, document, resamples=400)
     for place in range(3):
         rows = np.where(bins == place, values, np.nan)[:, None]
-        ends = np.nanquantile(clustered_means(rows, document, resamples=400)[1], [0.025, 0.975])
+        number = len(np.unique(document[bins == place]))
+        ends = np.nanquantile(clustered_means(rows, document, resamples=400)[1], tails(number))
         assert (low[place], high[place]) == pytest.approx(tuple(ends))
 
 

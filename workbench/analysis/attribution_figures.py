@@ -11,7 +11,7 @@ from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
 from workbench.figures.themed import ThemedFigure
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _KINDS = {

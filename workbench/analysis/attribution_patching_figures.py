@@ -12,7 +12,7 @@ from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, MARKERS, NEUTRAL, colour_bar
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _SHOWN = 24  # terms in the bars

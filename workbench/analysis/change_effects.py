@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from workbench.analysis.rows import next_tokens, selected_rows
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import DataError, RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch

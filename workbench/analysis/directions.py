@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from workbench.io.checks import check, check_kind
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
 from workbench.store.lost_values import lost_values, refuse_nonfinite

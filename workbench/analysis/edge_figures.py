@@ -11,7 +11,7 @@ from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 
 _SHOWN = 24
 _ARROW = "\u2192"

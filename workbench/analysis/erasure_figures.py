@@ -12,7 +12,7 @@ from workbench.figures.safe_text import axis_title, label, sentence
 from workbench.figures.theme import CATEGORIES, SIGNED
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _SHOWN = 40

@@ -20,7 +20,7 @@ from workbench.features.labels import with_names
 from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check, check_resampling
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts

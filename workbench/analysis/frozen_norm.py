@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from workbench.io.checks import check
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, nearest
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from workbench.figures.layer_panels import Curve, Panel, layer_panels
 from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.results.bootstrap import wilson
 from workbench.results.result import Result
 

@@ -21,7 +21,7 @@ from workbench.analysis.lens import log_probabilities
 from workbench.analysis.rows import blocks, next_tokens
 from workbench.analysis.store_probe import StoreProbe
 from workbench.io.checks import check_fields
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.results.bootstrap import clustered_means, intervals

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Int64
 from workbench.analysis.rows import split_by_document
 from workbench.corpus.places import NEXT, PLACE_SCHEMA
 from workbench.features.queries import coded_labels, label_columns, text_rows
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 from workbench.store.token_table import COLUMNS

@@ -437,8 +437,9 @@ class _Totals:
         """Means by layer, NaN where no token has a successor, and their intervals."""
         counts, means = {"cross_entropy": self.targets, "accuracy": self.targets}, {}
         for name, total in self.sums.items():
-            mean, resampled = resampled_means(total, counts.get(name, self.rows))
-            low, high = intervals(resampled)
+            number = counts.get(name, self.rows)
+            mean, resampled = resampled_means(total, number)
+            low, high = intervals(resampled, (number > 0).sum(0))
             means |= {f"mean_{name}": mean, f"mean_{name}_low": low, f"mean_{name}_high": high}
         return means
 

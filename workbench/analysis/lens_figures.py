@@ -16,7 +16,7 @@ from workbench.figures.safe_text import axis_title, label
 from workbench.figures.theme import CATEGORIES
 from workbench.figures.token_grid import MAX_TOKENS, Marks, count_shown, token_grid
 from workbench.figures.token_strip import token_strip
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.results.result import Result
 

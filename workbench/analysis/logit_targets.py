@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.frozen_norm import ids_of_values, single_tokens, token_id, vocabulary_texts
 from workbench.analysis.rows import blocks, next_tokens
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
 from workbench.model.unembed import Unembed

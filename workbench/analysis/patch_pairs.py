@@ -17,7 +17,7 @@ from workbench.analysis.frozen_norm import ids_of_values, single_tokens
 from workbench.corpus.prompt_pairs import PromptPairs
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_kind
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.reload import recorded_model
 

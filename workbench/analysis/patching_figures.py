@@ -13,7 +13,7 @@ from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 
 _LINES = 6  # places or heads with a line of their own
 _MEANING = {

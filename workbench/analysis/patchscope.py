@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.corpus.tokenizer import added_tokens, encode, token_of_text, token_texts, with_whole_offsets
 from workbench.io.checks import MOST, SEEDS, whole_number
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, shown
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, run

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.analysis.weights_probe import require_rows
 from workbench.corpus.tokenizer import added_tokens
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch

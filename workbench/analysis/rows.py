@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from workbench.analysis.read_layers import choose_layers, layers_of, layers_text, require_any
 from workbench.corpus.places import NEXT
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Int
 
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Store
 

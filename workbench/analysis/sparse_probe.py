@@ -20,7 +20,7 @@ from workbench.features.index import feature_groups
 from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.checks import check, check_resampling, whole_number
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.analysis.softmax_probe import SoftmaxProbes
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.results.registry import find_probe
 from workbench.results.result import Result

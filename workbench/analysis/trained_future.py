@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.analysis.future_maps import AffineMap, FutureMap
 from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.io.checks import check
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import load_unembed

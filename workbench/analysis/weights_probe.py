@@ -16,7 +16,7 @@ from torch import Tensor
 from workbench.analysis.opened_store import open_paths
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_settings
-from workbench.io.counts import counted
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import input_embedding

@@ -84,9 +84,13 @@ def clustered_ends(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
-    """Returns the lower and upper ends of the 95 % intervals of means over rows, by `clustered_means`."""
+    """Returns the lower and upper ends of the 95 % intervals of means over rows, by `clustered_means` and `central`."""
     flat = values.reshape(len(values), int(np.prod(values.shape[1:]))).astype(float)
-    low, high = intervals(clustered_means(flat, clusters, resamples=resamples, seed=seed)[1])
+    known, cluster = np.unique(clusters, return_inverse=True)
+    counts = np.zeros((len(known), flat.shape[1]))
+    np.add.at(counts, cluster, ~np.isnan(flat))
+    _, resampled = clustered_means(flat, clusters, resamples=resamples, seed=seed)
+    low, high = intervals(resampled, (counts > 0).sum(0))
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
@@ -98,7 +102,7 @@ def binned_ends(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Float[np.ndarray, " bin"], Float[np.ndarray, " bin"]]:
-    """Returns the ends of the 95 % intervals of the means in each bin, by `resampled_means`.
+    """Returns the ends of the 95 % intervals of the means in each bin, by `resampled_means` and `central`.
 
     Args:
         values: One value a row.
@@ -111,7 +115,8 @@ def binned_ends(
     totals, counts = np.zeros((2, len(known), int(bins.max(initial=-1)) + 1))
     np.add.at(totals, (cluster, bins), values)
     np.add.at(counts, (cluster, bins), 1)
-    low, high = intervals(resampled_means(totals, counts, resamples=resamples, seed=seed)[1])
+    _, resampled = resampled_means(totals, counts, resamples=resamples, seed=seed)
+    low, high = intervals(resampled, (counts > 0).sum(0))
     return low, high
 
 
