@@ -212,7 +212,8 @@ class ActiveDormant(LayerProbe):
         strongest = head_name(int(best["layer"]), int(best["head"]))
         dormant = int((table["active"].to_numpy() < 0.5).sum())
         parts = [
-            f"{dormant} of {counted(len(table), 'head')} {'is' if dormant == 1 else 'are'} dormant on most sequences (attention to position {sink} above "
+            f"{dormant} of {counted(len(table), 'head')} {'is' if dormant == 1 else 'are'} dormant on most sequences "
+            f"(attention to position {sink} above "
             f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
             f"strongest {strongest}: {value_text(best, 'sink_attention')}",
         ]
