@@ -205,7 +205,7 @@ class AttentionSinks(LayerProbe):
         sequences = sequences.without(rows.left_out)
         received = {layer: _attention(self, store, source, layer, sequences) for layer in layers}
         norms = {layer: value_norms(store, layer, sequences, self.sink) for layer in values}
-        massive = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
+        massive: dict[str, Any] = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
         massive |= {"resamples": self.resamples, "seed": self.seed}
         residual = {layer: residual_norms(store, layer, sequences, self.sink, **massive) for layer in streams}
         blocks = sorted({*layers, *residual})

@@ -255,6 +255,7 @@ class UnderTrainedTokens(WeightsProbe):
                 line=_VERIFIED,
                 log=True,
             )
+            points: Any
             for points in figures["verification"].data:  # random tokens are the control
                 random = str(points.name).startswith("random tokens")
                 points.update(marker={"color": NEUTRAL if random else CATEGORIES[0]})

@@ -327,7 +327,7 @@ def _class_norms(
     """Mean norm of each class by the mean of all tokens, with intervals; numbers of tokens."""
     documents, index = np.unique(document, return_inverse=True)
     totals = np.zeros((len(documents), norms.shape[1] + 1, norms.shape[2]))
-    np.add.at(totals, (index, slice(norms.shape[1])), norms)
+    np.add.at(totals[:, :-1], index, norms)
     totals[:, -1] = totals[:, :-1].sum(1)
     counts = np.zeros(totals.shape[:2])
     np.add.at(counts[:, :-1], (index[:, None], classes), 1)
