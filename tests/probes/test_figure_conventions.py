@@ -13,6 +13,7 @@ import xarray as xr
 
 import workbench
 from workbench.analysis.erasure_figures import vocabulary_bars
+from workbench.demo.run import _label_bars
 from workbench.figures.colour_limits import colour_limits
 from workbench.figures.log_axis import log_axis
 from workbench.figures.theme import CATEGORIES, NEUTRAL
@@ -139,3 +140,11 @@ def test_spans_are_named_in_prose():
     assert "labelled spans of" in subtitle
     assert "·" not in subtitle
     assert "1 of 1 span of several tokens" in subtitle
+
+
+def test_scores_of_labels_are_drawn_over_their_range():
+    scores = {"f1": [0.97, 0.99], "precision": [0.96, 1.0], "recall": [0.98, 0.98]}
+    figure = _label_bars(pd.DataFrame({"label": ["a", "b"], "feature": [1, 2], **scores}))
+    low, high = figure.layout.xaxis.range
+    assert 0.95 < low < 0.96
+    assert 1 < high < 1.01

@@ -345,26 +345,18 @@ def test_the_headline_compares_with_a_uniform_guess_and_leaves_out_the_last_laye
     assert agreement in line
 
 
-ENDS = ("", "_low", "_high")
-
-
 def test_every_variable_has_a_unit(llama_store):
     units = {name: variable.attrs["units"] for name, variable in LogitLens().run(llama_store).data.items()}
+    for name in [name for name in units if name.endswith(("_low", "_high"))]:
+        assert units.pop(name) == units[name.rpartition("_")[0]]
     nats = ["entropy", "kl", "js", "cross_entropy", "surprise"]
     assert units == {
-        **dict.fromkeys(nats, "nats"),
-        **dict.fromkeys([f"mean_{name}{end}" for name in nats for end in ENDS], "nats"),
-        **dict.fromkeys([f"mean_{name}{end}" for name in ("agreement", "accuracy") for end in ENDS], "share of tokens"),
-        **dict.fromkeys([f"mean_tv{end}" for end in ENDS], "probability"),
-        **dict.fromkeys(["tv", "top_probability"], "probability"),
-        "depth_share": "share of tokens",
+        **dict.fromkeys([*nats, *(f"mean_{name}" for name in nats), "uniform_cross_entropy"], "nats"),
+        **dict.fromkeys(["mean_agreement", "mean_accuracy", "depth_share"], "share of tokens"),
+        **dict.fromkeys(["tv", "mean_tv", "top_probability"], "probability"),
         **dict.fromkeys(["rows", "rows_with_next", "nonfinite_rows"], "tokens"),
-        "uniform_cross_entropy": "nats",
-        "clipped": "values",
-        "rank": "1 = top",
-        "top_id": "token id",
-        "prediction_depth": "index on the layer axis",
-        "error_auc": "area under the ROC curve",
+        **{"clipped": "values", "rank": "1 = top", "top_id": "token id"},
+        **{"prediction_depth": "index on the layer axis", "error_auc": "area under the ROC curve"},
     }
 
 
