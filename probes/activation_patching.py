@@ -40,6 +40,7 @@ from workbench.probing import (
     Variable,
     check_fields,
     check_model,
+    counted,
     dataset,
     head_name,
     interval_suffix,
@@ -177,11 +178,14 @@ class ActivationPatching(StoreProbe):
         runs = Runs.make(model, pairs, sites, self.metric, self.places == "positions")  # pyright: ignore[reportArgumentType]  # checked
         if not runs.used.any():
             raise RequestError(
-                f"none of {len(pairs)} pairs can be used: the model does not prefer the right answer to both prompts "
+                f"none of {counted(len(pairs), 'pair')} can be used: the model does not prefer the right "
+                "answer to both prompts "
                 "(clean metric above 0, corrupt below), or the metric does not fall; choose other pairs or metric='kl'"
             )
         if unused := int((~runs.used).sum()):
-            notes.append(f"{unused} of {len(pairs)} pairs left out: the model does not give both right answers")
+            notes.append(
+                f"{unused} of {counted(len(pairs), 'pair')} left out: the model does not give both right answers"
+            )
         if sites[0].axes[0] == "head" and self.at != "all" and self.at not in runs.pairs.places:
             raise RequestError(f"at {self.at!r} is no label; known are all, {', '.join(runs.pairs.places)}")
         data = self._sweep(runs, sites)
@@ -255,19 +259,19 @@ class ActivationPatching(StoreProbe):
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
             interval = interval_suffix(low, high, ".0f")
-            parts.append(f"{direction} {share:.0f} % of the gap at {cell_name(data, layer, place)}{interval}")
+            parts.append(f"{direction} {share:z.0f} % of the gap at {cell_name(data, layer, place)}{interval}")
         text = f"Strongest {site}{' before the last position' if stream else ''}: {'; '.join(parts)}"
         if "random_donor" in data:
             layer, place = strongest(cells["denoising"])
             donor = 100 * float(data["random_donor"].sel(layer=layer, place=place))
-            text += "; no random donor there" if np.isnan(donor) else f"; random donor there {donor:.0f} %"
+            text += "; no random donor there" if np.isnan(donor) else f"; random donor there {donor:z.0f} %"
         if stream:
             above = data["denoising"].isel(place=-1).to_numpy() > 0.5
             later = np.flatnonzero(np.append(True, ~above))[-1]
             if later < len(above):
                 text += f"; the last position has more than half from layer {data['layer'].to_numpy()[later]} on"
         pairs, gap = data.sizes["pair"], float(data["gap"])
-        return with_note(f"{text}; mean gap {gap:.2f} {data.attrs['metric_units']}, {pairs} pairs.", result)
+        return with_note(f"{text}; mean gap {gap:z.2f} {data.attrs['metric_units']}, {counted(pairs, 'pair')}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:

@@ -37,7 +37,9 @@ from workbench.probing import (
     check,
     check_fields,
     clustered_means,
+    colour_limits,
     compare_domains,
+    counted,
     dataset,
     group_intervals,
     head_grid,
@@ -49,6 +51,7 @@ from workbench.probing import (
     layer_bands,
     layers_of,
     layers_text,
+    log_axis,
     model_label,
     output_maps,
     permuted_gap,
@@ -142,7 +145,9 @@ class ActiveDormant(LayerProbe):
         check_fields(self, "resamples", "permutations", at_least=1)
         check_fields(self, "seed", at_least=0)
         if self.sink is not None and not 0 <= self.sink <= self.length - 2:
-            raise RequestError(f"sink must be from 0 to {self.length - 2}, before the last of {self.length} tokens")
+            raise RequestError(
+                f"sink must be from 0 to {self.length - 2}, before the last of {counted(self.length, 'token')}"
+            )
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -207,8 +212,9 @@ class ActiveDormant(LayerProbe):
         strongest = head_name(int(best["layer"]), int(best["head"]))
         dormant = int((table["active"].to_numpy() < 0.5).sum())
         parts = [
-            f"{dormant} of {len(table)} heads are dormant on most sequences (attention to position {sink} above "
-            f"{settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences)",
+            f"{dormant} of {counted(len(table), 'head')} {'is' if dormant == 1 else 'are'} dormant on most sequences "
+            f"(attention to position {sink} above "
+            f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
             f"strongest {strongest}: {value_text(best, 'sink_attention')}",
         ]
         if not np.isnan(best.get("drain", np.nan)):
@@ -220,7 +226,10 @@ class ActiveDormant(LayerProbe):
         if "gap" in table and table["gap"].notna().to_numpy().any():
             widest, permuted = table.nlargest(1, "gap").iloc[0], float(data["gap_permuted"])
             number = int((table["gap"].to_numpy() > permuted).sum())
-            text = f"{number} heads differ between domains by more than permuted domains do ({permuted:.2f})"
+            text = (
+                f"{counted(number, 'head')} {'differs' if number == 1 else 'differ'} between domains by more than "
+                f"permuted domains do ({permuted:z.2f})"
+            )
             if number:
                 text += (
                     f", most {head_name(int(widest['layer']), int(widest['head']))} by {value_text(widest, 'gap')}, "
@@ -368,7 +377,7 @@ def _by_domain(
 def _domain_notes(probe: ActiveDormant, documents: np.ndarray, sequences: Sequences) -> list[str]:
     notes = []
     if mixed := int((sequences.domain < 0).sum()):
-        notes.append(f"{mixed:,} sequences without a single {probe.domain} left out of the comparison")
+        notes.append(f"{counted(mixed, 'sequence')} without a single {probe.domain} left out of the comparison")
     if (documents > 1).sum() < 2:
         notes.append(f"gap not computed: it needs two values of {probe.domain} with two documents each")
     return notes
@@ -403,9 +412,10 @@ def _heads(result: Result) -> go.Figure:
         hover=[[lines.get((layer, head), "") for head in range(known.sizes["head"])] for layer in layers],
         layers=layers,
         title=f"Active share of the heads of {model_label(result)}",
-        subtitle=f"share of {int(data['sequences']):,} sequences on which position {int(data['sink_position'])} "
+        subtitle=f"share of {counted(data['sequences'], 'sequence')} on which position {int(data['sink_position'])} "
         f"receives {settings['epsilon']:g} or less of the attention",
         unit=axis_title(data["active"].attrs, "active"),
+        limits=colour_limits(known["active"].to_numpy()),
     )
 
 
@@ -431,10 +441,10 @@ def _phenomena(result: Result) -> go.Figure:
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Sink, drain and peak of position {int(data['sink_position'])} in {model_label(result)}",
-        subtitle=f"{int(data['sequences']):,} sequences; bands: 95 % intervals over documents",
+        subtitle=f"{counted(data['sequences'], 'sequence')}; bands: 95 % intervals over documents",
         unit="attention; times the other tokens' median",
     )
-    figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
+    figure.update_yaxes(rangemode="normal", **log_axis(*(band.values for band in bands)))
     return figure.update_layout(margin={"t": 110})
 
 
@@ -447,14 +457,15 @@ def _domains(result: Result) -> go.Figure:
     at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("domain_active", "domain_active_low", "domain_active_high")]
     documents = data["documents"].to_numpy().tolist()
-    names = [f"{label(str(name))} ({n:,} documents)" for name, n in zip(data["domain"].values, documents, strict=True)]
+    domains = zip(data["domain"].values, documents, strict=True)
+    names = [f"{label(str(name))} ({counted(number, 'document')})" for name, number in domains]
     figure = group_intervals(
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
         hover="%{x}",
         title=f"Active in one domain, dormant in another, {model_label(result)}",
         subtitle=f"share of active sequences; 95 % intervals over documents; the largest gap of permuted domains is "
-        f"below {float(data['gap_permuted']):.2f} in 95 %",
+        f"below {float(data['gap_permuted']):z.2f} in 95 %",
     )
     figure.update_xaxes(title="head, largest gaps first")
     return figure.update_yaxes(title=axis_title(data["domain_active"].attrs), range=[-0.03, 1.03])

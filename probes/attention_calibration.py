@@ -39,6 +39,8 @@ from workbench.probing import (
     change_effects,
     change_keys,
     check_fields,
+    colour_limits,
+    counted,
     dataset,
     document_halves,
     error_bars,
@@ -197,11 +199,13 @@ class AttentionCalibration(StoreProbe):
         interval = interval_suffix(low, high, ".3f")
         control = "random_keys" if kind == "all" else "random_layers"
         text = (
-            f"{100 * float(data['heads_with']):.0f} % of heads have a hidden sink; calibrated in {kind} layers the "
-            f"loss changes by {loss[kind]:+.3f} nats{interval} on other documents ({control.replace('_', ' ')} "
-            f"{loss[control]:+.3f}); in all layers {loss['all']:+.3f} (random keys {loss['random_keys']:+.3f}; "
-            f"{int(data['rows']):,} tokens)"
+            f"{100 * float(data['heads_with']):z.0f} % of heads have a hidden sink; calibrated in {kind} layers the "
+            f"loss changes by {loss[kind]:+z.3f} nats{interval} on other documents ({control.replace('_', ' ')} "
+            f"{loss[control]:+z.3f})"
         )
+        if kind != "all":
+            text += f"; in all layers {loss['all']:+z.3f} (random keys {loss['random_keys']:+z.3f})"
+        text += f"; {counted(data['rows'], 'token')}"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -212,13 +216,13 @@ class AttentionCalibration(StoreProbe):
         hidden = data["hidden"].to_numpy()
         grid = head_grid(
             hidden,
-            hover=[[f"{number:.2f} keys" for number in line] for line in hidden],
+            hover=[[f"{number:z.2f} keys" for number in line] for line in hidden],
             layers=data["layer"].to_numpy().tolist(),
             title=f"Hidden attention sinks, {model}",
             subtitle=f"keys behind position 0 above the threshold, mean of sequences; threshold 5 / N: "
-            f"{float(data['hidden_paper']):.2f} a head, 0.1: {float(data['hidden_code']):.2f}",
+            f"{float(data['hidden_paper']):z.2f} a head, 0.1: {float(data['hidden_code']):z.2f}",
             unit="keys",
-            limits=(0.0, max(1.0, float(np.nanmax(hidden)))),
+            limits=colour_limits(hidden),
         )
         return {"loss": _loss(result, model), "hidden": grid}
 
@@ -278,6 +282,8 @@ def _loss(result: Result, model: str) -> go.Figure:
     for kind, name in names.items():
         at = data.sel(kind=kind)
         mean, low, high = (np.atleast_1d(at[f"loss{end}"]) for end in ("", "_low", "_high"))
+        if np.isnan(mean).all():  # layers were not chosen
+            continue
         figure.add_scatter(
             x=[name],
             y=mean,
@@ -290,7 +296,7 @@ def _loss(result: Result, model: str) -> go.Figure:
     figure.update_layout(
         title={
             "text": f"Loss with attention to hidden sinks reduced, {model}",
-            "subtitle": {"text": f"{int(data['rows']):,} tokens of other documents; 95 % intervals over documents"},
+            "subtitle": {"text": f"{counted(data['rows'], 'token')} of other documents; 95 % intervals over documents"},
         },
         width=760,
         height=440,

@@ -22,7 +22,9 @@ import xarray as xr
 from einops import rearrange
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
+    Band,
     LayerProbe,
     Model,
     RequestError,
@@ -35,16 +37,20 @@ from workbench.probing import (
     axis_title,
     check,
     check_fields,
-    clustered_interval,
+    clustered_ends,
+    colour_limits,
     compare_domains,
+    counted,
     dataset,
     group_intervals,
     head_attention,
     head_grid,
+    head_hover,
     head_name,
     interval_suffix,
     label,
-    layer_curves,
+    layer_bands,
+    log_axis,
     massive_text,
     model_label,
     note_missing,
@@ -52,6 +58,7 @@ from workbench.probing import (
     position_bars,
     read_attention,
     received_sequences,
+    recorded_ends,
     require_causal,
     residual_norms,
     residual_site,
@@ -84,8 +91,8 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("value_norm_sink", _HEAD, "L2 norm", "mean norm of the value vector of the sink"),
     Variable("value_norm_others", _HEAD, "L2 norm", "mean norm of the value vectors of the other tokens"),
     Variable("value_norm_ratio", _HEAD, "times the others' mean", "value_norm_sink / value_norm_others", "1"),
-    Variable("residual_norm_sink", _LAYER, "L2 norm", "mean norm of the residual stream at the sink"),
-    Variable("residual_norm_others", _LAYER, "L2 norm", "mean norm of the residual stream at the other tokens"),
+    *with_interval(Variable("residual_norm_sink", _LAYER, "L2 norm", "mean norm of the residual stream at the sink")),
+    *with_interval(Variable("residual_norm_others", _LAYER, "L2 norm", "mean norm of the stream at the other tokens")),
     Variable("residual_norm_ratio", _LAYER, "times the others' mean", "residual_norm_sink / residual_norm_others", "1"),
     Variable("massive_top", _LAYER, "|h|", "largest activation of a sequence, mean over sequences"),
     Variable("massive_median", _LAYER, "|h|", "median activation of a sequence, mean over sequences"),
@@ -94,7 +101,7 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("massive_above_absolute", _LAYER, "share of sequences", "largest |h| above massive_absolute", "0"),
     Variable("massive_above_ratio", _LAYER, "share of sequences", "largest |h| above massive_ratio x the median", "0"),
     Variable("massive", _LAYER, "share of sequences", "largest activation above both thresholds", "0"),
-    Variable("sink_k", ("position",), "% of heads", "heads with alpha above epsilon, 0 to 100", "0"),
+    *with_interval(Variable("sink_k", ("position",), "% of heads", "heads with alpha above epsilon, 0 to 100", "0")),
     *with_interval(Variable("sink", (), "% of heads", "sink_k at the position `sink`", "0")),
     Variable("reliable", ("position",), "1 = reliable", "min_visible queries or more see the position"),
     *with_interval(Variable("attention", _DOMAIN, "attention", "mean attention of later tokens to the sink")),
@@ -164,10 +171,12 @@ class AttentionSinks(LayerProbe):
         check_fields(self, "epsilon", "row_entropy", "column_entropy", at_least=0, at_most=1)
         check_fields(self, "massive_absolute", "massive_ratio", at_least=0)
         if not 0 <= self.sink <= self.length - 2:
-            raise RequestError(f"sink must be from 0 to {self.length - 2}, before the last of {self.length} tokens")
+            raise RequestError(
+                f"sink must be from 0 to {self.length - 2}, before the last of {counted(self.length, 'token')}"
+            )
         if self.min_visible > self.length:
             raise RequestError(
-                f"min_visible is {self.min_visible} and no key is seen by more than {self.length} tokens"
+                f"min_visible is {self.min_visible} and no key is seen by more than {counted(self.length, 'token')}"
             )
 
     @plain_torch()
@@ -196,14 +205,13 @@ class AttentionSinks(LayerProbe):
         sequences = sequences.without(rows.left_out)
         received = {layer: _attention(self, store, source, layer, sequences) for layer in layers}
         norms = {layer: value_norms(store, layer, sequences, self.sink) for layer in values}
-        massive = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
+        massive: dict[str, Any] = {"absolute": self.massive_absolute, "relative": self.massive_ratio}
+        massive |= {"resamples": self.resamples, "seed": self.seed}
         residual = {layer: residual_norms(store, layer, sequences, self.sink, **massive) for layer in streams}
         blocks = sorted({*layers, *residual})
         arrays = stack_heads(blocks, received, _OF_HEADS) | stack_layers(blocks, residual)
         arrays |= stack_value_norms(blocks, {layer: len(part["sink_share"]) for layer, part in received.items()}, norms)
-        heads = len(sequences) * sum(len(part["sink_share"]) for part in received.values())
-        arrays["sink_k"] = 100 * np.sum([part["above"] for part in received.values()], axis=0) / heads
-        arrays |= _sink_interval(self, received, sequences)
+        arrays |= _sink_shares(self, received, sequences)
         arrays["reliable"] = (self.length - np.arange(self.length) >= self.min_visible).astype(np.int8)
         if self.domain is not None:
             paid = {layer: part["paid"] for layer, part in received.items()}
@@ -226,18 +234,18 @@ class AttentionSinks(LayerProbe):
         settings, data, best = result.provenance["settings"], result.data, result.table.nlargest(1, "alpha").iloc[0]
         sink = settings["sink"]
         strongest = head_name(int(best["layer"]), int(best["head"]))
-        low, high = (float(data[name]) if name in data else np.nan for name in ("sink_low", "sink_high"))
+        low, high = recorded_ends(data, "sink") or (np.nan, np.nan)
         interval = interval_suffix(low, high, ".1f")
         parts = [
-            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} % of heads{interval} (epsilon "
-            f"{settings['epsilon']:g}, T {settings['length']}, {_sequences_text(int(data['sequences']))})",
-            f"strongest head {strongest}, alpha {best['alpha']:.2f}",
+            f"Sink_{sink + 1} = {float(data['sink_k'][sink]):z.1f} % of heads{interval} (epsilon "
+            f"{settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')})",
+            f"strongest head {strongest}, alpha {best['alpha']:z.2f}",
         ]
         if not np.isnan(best.get("value_norm_ratio", np.nan)):
-            parts.append(f"the sink's value norm in {strongest} is {best['value_norm_ratio']:.2f} times the others'")
+            parts.append(f"the sink's value norm in {strongest} is {best['value_norm_ratio']:z.2f} times the others'")
         if "residual_norm_ratio" in data and data["residual_norm_ratio"].notnull().any():
             most = data["residual_norm_ratio"][int(np.nanargmax(data["residual_norm_ratio"].to_numpy()))]
-            parts.append(f"its residual norm is {float(most):.1f} times the others' at layer {int(most['layer'])}")
+            parts.append(f"its residual norm is {float(most):z.1f} times the others' at layer {int(most['layer'])}")
         massive = massive_text(data) if "massive_top" in data else ""
         return "; ".join([*parts, *filter(None, [massive, data.attrs["few"]])]) + "."
 
@@ -263,8 +271,8 @@ class AttentionSinks(LayerProbe):
 def _attention(
     probe: AttentionSinks, store: Store, source: str, layer: int, sequences: Sequences
 ) -> dict[str, np.ndarray]:
-    """Reads one layer: means over sequences for each head; "above", the frequency of each position as a sink; "sinks",
-    the number of heads with a sink at `sink` [sequence]; for domains "paid", the attention to it [sequence, head]."""
+    """Reads one layer: means over sequences for each head; "above", the number of heads with a sink at a position
+    [sequence, position]; for domains "paid", the attention to `sink` [sequence, head]."""
     length, parts = probe.length, []
     kind = "pattern" if source == "pattern" else "attn_received"
     for rows in sequences.blocks(int(np.prod(store[kind, layer].shape[1:]))):
@@ -272,9 +280,8 @@ def _attention(
         alpha = values["alpha"]
         part = {
             "alpha": rearrange(alpha, "sequence position head -> sequence head position").sum(0),
-            "above": (alpha > probe.epsilon).sum((0, 2)),
+            "above": (alpha > probe.epsilon).sum(2),
             "sink_share": (alpha[:, probe.sink] > probe.epsilon).sum(0),
-            "sinks": (alpha[:, probe.sink] > probe.epsilon).sum(1),
         }
         if "row" in values:  # the first query sees one key: no entropy
             part["row"] = (values["row"][:, 1:] / np.log(np.arange(2, length + 1))[:, None]).sum(1) / length
@@ -284,28 +291,25 @@ def _attention(
         if "paid" in values and probe.domain is not None:
             part["paid"] = values["paid"][:, probe.sink + 1 :].mean(1)
         parts.append(part)
-    total = {name: np.sum([part[name] for part in parts], axis=0) for name in ("alpha", "above", "sink_share")}
+    total = {name: np.sum([part[name] for part in parts], axis=0) for name in ("alpha", "sink_share")}
     stats = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in total}
     means = {name: total[name] / len(sequences) for name in ("alpha", "sink_share")}
     means |= {f"{name}_entropy": stats[name].mean(0) for name in ("row", "column") if name in stats}
     if {"row", "column"} <= stats.keys():
         means["detected"] = ((stats["row"] < probe.row_entropy) & (stats["column"] > probe.column_entropy)).mean(0)
     paid = {"paid": stats["paid"]} if "paid" in stats else {}
-    return means | {"above": total["above"], "sinks": stats["sinks"]} | paid
+    return means | {"above": stats["above"]} | paid
 
 
-def _sink_interval(
+def _sink_shares(
     probe: AttentionSinks, received: Mapping[int, Mapping[str, np.ndarray]], sequences: Sequences
 ) -> dict[str, np.ndarray]:
-    """Sink_k of the position `sink`, and its interval over documents."""
+    """Sink_k of all positions and of the position `sink`, with intervals over documents."""
     heads = sum(len(part["sink_share"]) for part in received.values())
-    share = 100 * np.sum([part["sinks"] for part in received.values()], axis=0) / heads
-    interval = clustered_interval(share, sequences.document, resamples=probe.resamples, seed=probe.seed)
-    return {
-        "sink": np.asarray(interval.mean),
-        "sink_low": np.asarray(interval.low),
-        "sink_high": np.asarray(interval.high),
-    }
+    shares = 100 * np.sum([part["above"] for part in received.values()], axis=0) / heads
+    ends = clustered_ends(shares, sequences.document, resamples=probe.resamples, seed=probe.seed)
+    parts = {f"sink_k{end}": part for end, part in zip(("", "_low", "_high"), (shares.mean(0), *ends), strict=True)}
+    return parts | {name.replace("_k", ""): part[probe.sink] for name, part in parts.items()}
 
 
 def _examples(probe: AttentionSinks, store: Store, alpha: xr.DataArray, sequences: Sequences) -> xr.Dataset:
@@ -335,10 +339,10 @@ def _notes(probe: AttentionSinks, store: Store, data: xr.Dataset, sequences: Seq
     }
     notes = note_missing(store, data, needs, {"massive": "massive activations"})
     if sequences.short:
-        notes.append(f"{_sequences_text(sequences.short)} of fewer than {probe.length} tokens left out")
+        notes.append(f"{counted(sequences.short, 'sequence')} of fewer than {probe.length} tokens left out")
     if probe.domain is not None:
         if mixed := int((sequences.domain < 0).sum()):
-            notes.append(f"{_sequences_text(mixed)} without a single {probe.domain} left out of the comparison")
+            notes.append(f"{counted(mixed, 'sequence')} without a single {probe.domain} left out of the comparison")
         if len(sequences.domains) < 2:
             notes.append(f"gap not computed: all sequences have the same {probe.domain}")
     return notes
@@ -346,17 +350,13 @@ def _notes(probe: AttentionSinks, store: Store, data: xr.Dataset, sequences: Seq
 
 def _few(probe: AttentionSinks, data: xr.Dataset, sequences: Sequences) -> list[str]:
     """Notes of numbers that rest on little data."""
-    few = [f"only {_sequences_text(len(sequences))}"] if len(sequences) < _FEW else []
+    few = [f"only {counted(len(sequences), 'sequence')}"] if len(sequences) < _FEW else []
     if probe.domain is not None:
         if short := int((data["documents"] < _FEW).sum()):
-            few.append(f"fewer than {_FEW} documents in {short} of {len(sequences.domains)} domains")
+            few.append(f"fewer than {_FEW} documents in {short} of {counted(len(sequences.domains), 'domain')}")
         if (single := int((data["documents"] < 2).sum())) and len(sequences.domains) > 1:
             few.append(f"{single} of fewer than 2 documents {'takes' if single == 1 else 'take'} no part in the gap")
     return few
-
-
-def _sequences_text(sequences: int) -> str:
-    return f"{sequences:,} sequence{'s' * (sequences != 1)}"
 
 
 def _table(data: xr.Dataset, sink: int) -> pd.DataFrame:
@@ -375,8 +375,8 @@ def _table(data: xr.Dataset, sink: int) -> pd.DataFrame:
         domains = data["domain"].to_numpy().astype(object)
         columns |= {f"attention_{name}": data["attention"].to_numpy()[i].ravel() for i, name in enumerate(domains)}
         for name in ("gap_most", "gap_least"):
-            index = data[name].to_numpy().ravel()
-            columns[name] = np.where(np.isnan(index), "", domains[np.nan_to_num(index).astype(int)])
+            index = np.nan_to_num(data[name].to_numpy().ravel(), nan=-1).astype(int)
+            columns[name] = np.where(index < 0, "", domains[index])
     table = pd.DataFrame(columns)
     return table.loc[table["alpha"].notna()].sort_values(
         ["sink_share", "alpha"], ascending=False, kind="stable", ignore_index=True
@@ -391,16 +391,18 @@ def _sinks(result: Result) -> go.Figure:
     sink = settings["sink"]
     alpha = data["alpha"].isel(position=sink)
     alpha = alpha.sel(layer=alpha["layer"][alpha.notnull().any("head").to_numpy()])
-    lines = {(row["layer"], row["head"]): _hover(row) for row in result.table.to_dict("records")}
+    measures = ("alpha", "sink_share", "row_entropy", "column_entropy", "detected", "value_norm_ratio", "gap")
+    lines = {(row["layer"], row["head"]): head_hover(row, measures) for row in result.table.to_dict("records")}
     layers = alpha["layer"].to_numpy().tolist()
     figure = head_grid(
         alpha.to_numpy(),
         hover=[[lines.get((layer, head), "") for head in range(alpha.sizes["head"])] for layer in layers],
         layers=layers,
-        title=f"Attention sinks of {model_label(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):.1f} %",
+        title=f"Attention sinks of {model_label(result)}: Sink_{sink + 1} = {float(data['sink_k'][sink]):z.1f} %",
         subtitle=f"mean attention that position {sink} receives from itself and later tokens; "
-        f"epsilon {settings['epsilon']:g}, T {settings['length']}, {int(data['sequences']):,} sequences",
+        f"epsilon {settings['epsilon']:g}, T {settings['length']}, {counted(data['sequences'], 'sequence')}",
         unit=axis_title(data["alpha"].attrs, "alpha"),
+        limits=colour_limits(alpha.to_numpy()),
     )
     if "residual_norm_ratio" not in data:
         return figure
@@ -418,57 +420,52 @@ def _over_text(result: Result) -> go.Figure:
     patterns = data["example_pattern"]
     heads = zip(data["example_layer"].to_numpy().tolist(), data["example_head"].to_numpy().tolist(), strict=True)
     length, known = result.provenance["settings"]["length"], patterns.attrs.get("heads")
-    among = f" of {int(known):,} heads whose patterns were recorded" if known else " heads"  # earlier results have none
+    among = (
+        f" of {counted(known, 'head')} whose patterns were recorded" if known else " heads"
+    )  # earlier results have none
     return head_attention(
         patterns.to_numpy(),
         heads=[head_name(layer, head) for layer, head in heads],
         tokens=json.loads(patterns.attrs["tokens"]),
         title=f"Attention in {model_label(result)}",
-        subtitle=f"{patterns.sizes['query']} of {length:,} tokens of the first sequence; the menu has "
+        subtitle=f"{patterns.sizes['query']} of {counted(length, 'token')} of the first sequence; the menu has "
         f"{patterns.sizes['example']}{among}, those with the largest alpha",
     )
 
 
-def _hover(row: Mapping[str, Any]) -> str:
-    measures = {
-        "alpha": "alpha",
-        "sink_share": "share of sequences in which it is a sink",
-        "row_entropy": "row entropy",
-        "column_entropy": "column entropy",
-        "detected": "share of sequences in which it is detected",
-        "value_norm_ratio": "value norm, times the others'",
-        "gap": "gap between domains",
-    }
-    lines = [f"{text}: {row[name]:.3g}" for name, text in measures.items() if not np.isnan(row.get(name, np.nan))]
-    return "<br>".join([f"<b>{head_name(row['layer'], row['head'])}</b>", *lines])
-
-
 def _positions(result: Result) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
-    interval = [float(data[name]) for name in ("sink_low", "sink_high") if name in data]  # earlier results have none
+    ends, where = recorded_ends(data, "sink_k"), "bars"
+    known = {} if ends is None else dict(enumerate(zip(*(end.tolist() for end in ends), strict=True)))
+    if ends is None and "sink_low" in data:  # results of earlier versions
+        known, where = {settings["sink"]: (float(data["sink_low"]), float(data["sink_high"]))}, "at the sink"
     return position_bars(
         data["sink_k"].to_numpy(),
         reliable=data["reliable"].to_numpy() == 1,
         names=("sink", f"seen by fewer than {settings['min_visible']} queries: unreliable"),
         title=f"Share of sinks by position in {model_label(result)}",
-        subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}"
-        + "; at the sink: 95 % interval over documents" * bool(interval),
+        subtitle=f"share of (sequence, layer, head) with alpha above {settings['epsilon']:g}; "
+        f"{counted(data['sequences'], 'sequence')}" + f"; {where}: 95 % interval over documents" * bool(known),
         unit=axis_title(data["sink_k"].attrs),
-        ends={settings["sink"]: (interval[0], interval[1])} if interval else None,
+        ends=known or None,
     )
 
 
 def _norms(result: Result) -> go.Figure:
     data = result.data
-    known = data["residual_norm_ratio"].dropna("layer")["layer"]
-    figure = layer_curves(
-        {name: curve.sel(layer=known).to_numpy() for name, curve in _norm_curves(result).items()},
-        layers=known.to_numpy().tolist(),
+    known = data.sel(layer=data["residual_norm_ratio"].dropna("layer")["layer"])
+    bands = [
+        Band(name, known[curve.name].to_numpy(), recorded_ends(known, str(curve.name)), colour)
+        for (name, curve), colour in zip(_norm_curves(result).items(), CATEGORIES, strict=False)
+    ]
+    figure = layer_bands(
+        bands,
+        layers=known["layer"].to_numpy().tolist(),
         title=f"Residual norm of the sink in {model_label(result)}",
+        subtitle=counted(data["sequences"], "sequence") + "; bands: 95 % CI over documents" * bool(bands[0].ends),
         unit=axis_title(data["residual_norm_sink"].attrs),
     )
-    figure.update_yaxes(type="log", rangemode="normal", dtick="D2", tickformat="~r")
-    return figure
+    return figure.update_yaxes(**log_axis(*(np.asarray(band.values) for band in bands)))
 
 
 def _by_domain(result: Result) -> go.Figure:
@@ -477,17 +474,13 @@ def _by_domain(result: Result) -> go.Figure:
     # one point for each head, not their product
     at = {axis: xr.DataArray(heads[axis].to_numpy(), dims="shown") for axis in ("layer", "head")}
     parts = [data[name].sel(at).to_numpy() for name in ("attention", "attention_low", "attention_high")]
-    names = [
-        f"{label(name)} ({number:,} document{'s' * (number != 1)})"
-        for name, number in zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
-    ]
+    numbers = zip(data["domain"].to_numpy().tolist(), data["documents"].to_numpy().tolist(), strict=True)
+    names = [f"{label(name)} ({counted(number, 'document')})" for name, number in numbers]
     epsilon = result.provenance["settings"]["epsilon"]
-    switching = int(((parts[1] > epsilon).any(0) & (parts[2] < epsilon).any(0)).sum())
-    title = (
-        f"Active in one domain, dormant in another: {switching} of {len(heads)} heads"
-        if switching
-        else "Attention by domain"
-    )
+    low, high = data["attention_low"] > epsilon, data["attention_high"] < epsilon
+    switching, compared = int((low.any("domain") & high.any("domain")).sum()), int(data["gap"].notnull().sum())
+    counts = f"{switching:,} of {counted(compared, 'head')}"
+    title = f"Active in one domain, dormant in another: {counts}" if switching else "Attention by domain"
     figure = group_intervals(
         dict(zip(names, np.stack(parts, 1), strict=True)),
         categories=[head_name(layer, head) for layer, head in zip(heads["layer"], heads["head"], strict=True)],
@@ -496,5 +489,5 @@ def _by_domain(result: Result) -> go.Figure:
         subtitle=f"attention of later tokens to position {sink}; 95 % intervals over documents; "
         f"dormant: above {epsilon:g}, active: below",
     )
-    figure.update_xaxes(title="head, largest gaps first")
+    figure.update_xaxes(title=f"{counted(len(heads), 'head')} with the largest gaps")
     return figure.update_yaxes(title=axis_title(data["attention"].attrs) + " to the sink")

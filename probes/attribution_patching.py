@@ -50,6 +50,7 @@ from workbench.probing import (
     check_fields,
     correlation_lines,
     correlations,
+    counted,
     dataset,
     estimate_scatter,
     interval_suffix,
@@ -200,11 +201,14 @@ class AttributionPatching(StoreProbe):
         used = np.flatnonzero(runs.used)
         if not len(used):
             raise RequestError(
-                f"none of {len(pairs)} pairs can be used: the model does not prefer the right answer to both prompts "
+                f"none of {counted(len(pairs), 'pair')} can be used: the model does not prefer the right "
+                "answer to both prompts "
                 "(clean metric above 0, corrupt below), or the metric does not fall; choose other pairs or metric='kl'"
             )
         if unused := len(pairs) - len(used):
-            notes.append(f"{unused} of {len(pairs)} pairs left out: the model does not give both right answers")
+            notes.append(
+                f"{unused} of {counted(len(pairs), 'pair')} left out: the model does not give both right answers"
+            )
         if sites[0].axes[0] == "head" and self.at != "all" and self.at not in runs.pairs.places:
             raise RequestError(f"at {self.at!r} is no label; known are all, {', '.join(runs.pairs.places)}")
         data = self._data(_Estimated.make(self, some_pairs(runs, used), sites), used)
@@ -252,18 +256,22 @@ class AttributionPatching(StoreProbe):
         interval = interval_suffix(low, high)
         how = f"{settings['steps']} steps" if settings["steps"] else f"gradient of the {settings['base']} run"
         pairs = data.sizes["exact_pair"]
-        text = f"Estimated patching of {settings['site']} ({how}): r {float(data['overall_correlation']):.2f}{interval}"
-        text += f" with exact patching over the cells of {pairs} pairs"
+        text = (
+            f"Estimated patching of {settings['site']} ({how}): r {float(data['overall_correlation']):z.2f}{interval}"
+        )
+        text += f" with exact patching over the cells of {counted(pairs, 'pair')}"
         by_layer = data["correlation"].to_numpy()
         if not np.isnan(by_layer).all():
             worst = int(np.nanargmin(by_layer))
-            text += f", lowest {by_layer[worst]:.2f} in layer {int(data['layer'].to_numpy()[worst])}"
+            text += f", lowest {by_layer[worst]:z.2f} in layer {int(data['layer'].to_numpy()[worst])}"
         hits, top, chance = (float(data[name]) for name in ("top_found", "top", "top_chance"))
-        text += f"; {hits:.0f} of the {top:.0f} strongest cells found ({chance:.1f} by chance)"
+        text += f"; {hits:z.0f} of {counted(top, 'strongest cell')} found ({chance:z.1f} by chance)"
         if data.sizes["miss"]:
             place = cell_name(data, int(data["miss_layer"][0]), str(data["miss_place"].to_numpy()[0]))
             exact, estimate = float(data["miss_exact"][0]), float(data["miss_estimate"][0])
-            text += f"; largest miss, {place}: exact {exact:.2f}, estimated {estimate:.2f} {data.attrs['metric_units']}"
+            text += (
+                f"; largest miss, {place}: exact {exact:z.2f}, estimated {estimate:z.2f} {data.attrs['metric_units']}"
+            )
         return with_note(f"{text}.", result)
 
     @staticmethod

@@ -289,7 +289,7 @@ class DirectLogitAttribution(StoreProbe):
             f"{line['term']} {line['contribution']:+z.2f}{interval_suffix(line['low'], line['high'])}"
             for _, line in largest.iterrows()
         ]
-        text = f"Mean {_quantity(result)} {float(data['logit']):.2f}; largest terms: {'; '.join(parts)}; "
+        text = f"Mean {_quantity(result)} {float(data['logit']):z.2f}; largest terms: {'; '.join(parts)}; "
         text += f"the sum misses it by at most {float(data['error']):.2g}"
         if float(data["rounding"]) > 1e-3:
             text += f" and, by rounding of the stored type, the model's own by about {float(data['rounding']):.2g}"

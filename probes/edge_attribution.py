@@ -38,6 +38,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    counted,
     dataset,
     faithfulness_curve,
     interval_suffix,
@@ -141,9 +142,13 @@ class EdgeAttribution(StoreProbe):
         runs = Runs.make(model, pairs, graph.sites, self.metric, False)  # pyright: ignore[reportArgumentType]  # checked
         used = np.flatnonzero(runs.used)
         if not len(used):
-            raise RequestError(f"none of {len(pairs)} pairs can be used: the model does not give both right answers")
+            raise RequestError(
+                f"none of {counted(len(pairs), 'pair')} can be used: the model does not give both right answers"
+            )
         if unused := len(pairs) - len(used):
-            notes.append(f"{unused} of {len(pairs)} pairs left out: the model does not give both right answers")
+            notes.append(
+                f"{unused} of {counted(len(pairs), 'pair')} left out: the model does not give both right answers"
+            )
         edges = EdgeRuns(graph, some_pairs(runs, used), measure_unembed(model.module, model.site_map.last_block))
         scores = edges.scores()
         data = self._data(edges, scores, used)
@@ -209,12 +214,14 @@ class EdgeAttribution(StoreProbe):
             for name in ("faithfulness", "faithfulness_low", "faithfulness_high", "random_faithfulness")
         )
         interval = interval_suffix(low, high, ".0f")
-        text = f"The {size:,} edges of largest score, of {total:,}, recover {share:z.0f} % of the gap{interval}"
+        text = (
+            f"The {counted(size, 'edge')} of largest score, of {total:,}, recover {share:z.0f} % of the gap{interval}"
+        )
         text += f"; random ones {random:z.0f} %; strongest: "
         units = data.attrs["metric_units"]
         best = zip(*(table[name].head(3) for name in ("sender", "receiver", "score")), strict=True)
         text += ", ".join(f"{sender} to {receiver} {score:+z.2f}" for sender, receiver, score in best)
-        return with_note(f"{text} {units}; {data.sizes['pair']} pairs.", result)
+        return with_note(f"{text} {units}; {counted(data.sizes['pair'], 'pair')}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:

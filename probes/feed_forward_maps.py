@@ -40,6 +40,7 @@ from workbench.probing import (
     clustered_means,
     colour_bar,
     contributions,
+    counted,
     dataset,
     interval_suffix,
     intervals,
@@ -73,6 +74,7 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("sequences", (), "sequences", "sequences that count"),
     *LOST_VARIABLES,
 )
+_QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class FeedForwardMaps(LayerProbe):
         data = dataset(_VARIABLES, arrays, coords)
         names = [name for name in arrays if data[name].dims == _LAYER]
         number = len(np.unique(documents))
-        few = f"intervals over {number} document{'s' * (number != 1)}, fewer than 10" * (number < 10)
+        few = f"intervals over {counted(number, 'document')}, fewer than 10" * (number < 10)
         return self.result(store, data, data[names].to_dataframe().reset_index(), checked, [few])
 
     @staticmethod
@@ -202,10 +204,11 @@ class FeedForwardMaps(LayerProbe):
         ends = [float(most[f"change_ff{end}"]) for end in ("", "_low", "_high")]
         interval = interval_suffix(ends[1], ends[2])
         return with_note(
-            f"Feed-forward parts change the map of contributing tokens by 1 - Spearman {by_ff:.2f}, with the residual "
-            f"{whole:.2f} (mean of layers; unrelated maps {float(data['change_shuffled'].mean()):.2f}); most at layer "
-            f"{int(most['layer'])}: {ends[0]:.2f}{interval}, with residual {float(most['change_ff_residual']):.2f}; "
-            f"cosine of the part's change and the residual's {undone:+.2f}. Contributions miss the block's output by "
+            f"Feed-forward parts change the map of contributing tokens by 1 - Spearman {by_ff:z.2f}, with the residual "
+            f"{whole:z.2f} (mean of layers; unrelated maps {float(data['change_shuffled'].mean()):z.2f}); "
+            "most at layer "
+            f"{int(most['layer'])}: {ends[0]:z.2f}{interval}, with residual {float(most['change_ff_residual']):z.2f}; "
+            f"cosine of the part's change and the residual's {undone:+z.2f}. Contributions miss the block's output by "
             f"at most {float(data['completeness_error'].max()):.1g}.",
             result,
         )
@@ -315,7 +318,8 @@ def _changes(result: Result) -> go.Figure:
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Change of the map of contributing tokens in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"{int(data['sequences'])} sequences; unrelated maps: {float(data['change_shuffled'].mean()):.2f}",
+        subtitle=f"{counted(data['sequences'], 'sequence')}; bands: 95 % intervals over documents; unrelated maps: "
+        f"{float(data['change_shuffled'].mean()):z.2f}",
         unit="1 - Spearman",
     )
 
@@ -327,13 +331,14 @@ def _maps(result: Result) -> go.Figure:
         1, 3, subplot_titles=[f"after {stage}" for stage in STAGES], shared_yaxes=True, figure=ThemedFigure()
     )
     tokens = [label(str(token), 12) for token in data["token"].to_numpy()]
+    limit = float(np.nanquantile(most["map"].to_numpy(), _QUANTILE)) or 1.0
     for column, stage in enumerate(STAGES, start=1):
         figure.add_heatmap(
             z=most["map"].sel(stage=stage).to_numpy(),
             customdata=np.broadcast_to(np.array(tokens, dtype=object), (len(tokens), len(tokens))),
             colorscale=PROBABILITY,
             zmin=0,
-            zmax=1,
+            zmax=limit,  # the same in all panels
             showscale=column == 3,
             colorbar=colour_bar("share of the row"),
             hovertemplate="query %{y}, key %{x} %{customdata}: %{z:.3f}<extra></extra>",
@@ -342,7 +347,12 @@ def _maps(result: Result) -> go.Figure:
             col=column,
         )
     title = f"Contributing tokens at layer {int(most['layer'])} of {label(str(result.provenance['model']), 60)}"
-    figure.update_layout(title={"text": title}, height=420, width=1020, margin={"t": 110})
+    subtitle = (
+        f"share of each source token in the output at a token; {counted(len(tokens), 'token')} of the first sequence"
+    )
+    ends = f"colours end at the {100 * _QUANTILE:g} % quantile, since the first tokens have few sources"
+    heading = {"text": title, "subtitle": {"text": f"{subtitle}; {ends}"}}
+    figure.update_layout(title=heading, height=440, width=1020, margin={"t": 130})
     figure.update_xaxes(title="source")
     figure.update_yaxes(autorange="reversed")
     return figure.update_yaxes(title="token", col=1)

@@ -27,6 +27,8 @@ from scipy import stats
 from torch import Tensor
 
 from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -35,6 +37,7 @@ from workbench.probing import (
     Vocabulary,
     WeightsProbe,
     check_fields,
+    counted,
     dataset,
     distinct,
     labelled_histogram,
@@ -134,14 +137,15 @@ class FiberBundle(WeightsProbe):
         token_ids, notes = _points(vocabulary)
         if len(token_ids) < _LEAST:
             raise RequestError(
-                f"{len(token_ids)} tokens have embeddings of their own; fiber-bundle needs {_LEAST} or more"
+                f"{counted(len(token_ids), 'token')} have embeddings of their own; fiber-bundle needs {_LEAST} or more"
             )
         number = self.neighbours or int(np.clip(len(token_ids) // 50, _FIRST + _SPACINGS, 1000))
         if number >= len(token_ids):
-            raise RequestError(f"neighbours={number} of {len(token_ids)} tokens; choose fewer")
+            raise RequestError(f"neighbours={number} of {counted(len(token_ids), 'token')}; choose fewer")
         if number > len(token_ids) // 50:
             notes.append(
-                f"{number} neighbours are over a fiftieth of {len(token_ids):,} tokens: density gradients bend more"
+                f"{counted(number, 'neighbour')} are over a fiftieth of {counted(len(token_ids), 'token')}: "
+                "density gradients bend more"
             )
         draw = np.random.default_rng(self.seed)
         chosen = np.sort(draw.choice(len(token_ids), min(self.row_limit, len(token_ids)), replace=False))
@@ -176,11 +180,12 @@ class FiberBundle(WeightsProbe):
         dimension, gaussian = (float(data["dimension"][cloud].median()) for cloud in (0, 1))
         null, detector = (100 * float(data[name]) for name in ("null_below", "null_detector"))
         text = (
-            f"A rise of the dimension rejects the fiber bundle at {rejected[0]:.1f} % of {data['token'].size:,} tokens "
-            f"(Gaussian cloud {rejected[1]:.1f} %; unit rows {rejected[2]:.1f} % and {rejected[3]:.1f} %), after "
-            f"Holm's correction; p < 0.05 at {below[0]:.1f} % (Gaussian {below[1]:.1f} %, exact null {null:.1f} %). "
-            f"Median dimension {dimension:.1f} (Gaussian {gaussian:.1f}). The usual window detector rejects "
-            f"{window[0]:.0f} % here and {detector:.0f} % under the exact null."
+            f"A rise of the dimension rejects the fiber bundle at {rejected[0]:z.1f} % of "
+            f"{counted(data['token'].size, 'token')} "
+            f"(Gaussian cloud {rejected[1]:z.1f} %; unit rows {rejected[2]:z.1f} % and {rejected[3]:z.1f} %), after "
+            f"Holm's correction; p < 0.05 at {below[0]:z.1f} % (Gaussian {below[1]:z.1f} %, exact null {null:z.1f} %). "
+            f"Median dimension {dimension:z.1f} (Gaussian {gaussian:z.1f}). The usual window detector rejects "
+            f"{window[0]:z.0f} % here and {detector:z.0f} % under the exact null."
         )
         return with_note(text, result)
 
@@ -189,9 +194,12 @@ class FiberBundle(WeightsProbe):
         """Returns "change", small against large radii, "dimensions" and "p", their distributions by cloud."""
         data = result.data
         clouds = data["cloud"].to_numpy().tolist()
-        tokens = f"{data['token'].size:,} of {int(data['points']):,} tokens, {int(data['neighbours'])} neighbours each"
+        tokens = (
+            f"{data['token'].size:,} of {counted(data['points'], 'token')}, "
+            f"{counted(data['neighbours'], 'neighbour')} each"
+        )
         texts = data["text"].to_numpy().tolist()
-        return {
+        figures = {
             "change": labelled_scatter(
                 {
                     cloud: (data["small"].sel(cloud=cloud).to_numpy(), data["large"].sel(cloud=cloud).to_numpy(), texts)
@@ -215,6 +223,26 @@ class FiberBundle(WeightsProbe):
                 unit="p",
             ),
         }
+        return {name: _coloured(figure) for name, figure in figures.items()}
+
+
+def _coloured(figure: Any) -> Any:
+    """Gives each cloud its colour in all figures; Gaussian clouds, the controls, are grey and dashed."""
+    styles = dict(
+        zip(
+            CLOUDS,
+            ((CATEGORIES[0], "solid"), (NEUTRAL, "dash"), (CATEGORIES[1], "solid"), (NEUTRAL, "dot")),
+            strict=True,
+        )
+    )
+    for trace in figure.data:
+        cloud = str(trace.name).rpartition(" (")[0]  # a name ends with the number of points
+        if cloud in styles:
+            colour, dash = styles[cloud]
+            trace.update(
+                {"marker": {"color": colour}} if trace.mode == "markers" else {"line": {"color": colour, "dash": dash}}
+            )
+    return figure
 
 
 def _points(vocabulary: Vocabulary) -> tuple[np.ndarray, list[str]]:
@@ -224,7 +252,9 @@ def _points(vocabulary: Vocabulary) -> tuple[np.ndarray, list[str]]:
         mask &= ~vocabulary.never_seen
     ids = np.flatnonzero(mask)
     single = distinct(vocabulary.embedding[torch.as_tensor(ids)])
-    notes = [f"{int((~single).sum()):,} tokens with the row of another one were left out"] if not single.all() else []
+    notes = (
+        [f"{counted(int((~single).sum()), 'token')} with the row of another one left out"] if not single.all() else []
+    )
     return ids[single], notes
 
 

@@ -42,6 +42,8 @@ from workbench.probing import (
     answers_after,
     check_fields,
     clustered_means,
+    colour_limits,
+    counted,
     dataset,
     error_bars,
     head_grid,
@@ -49,6 +51,7 @@ from workbench.probing import (
     integer_step,
     interval_suffix,
     intervals,
+    log_axis,
     pairs_of,
     plain_torch,
     provenance,
@@ -178,7 +181,8 @@ class FunctionVectors(StoreProbe):
         """Pairs by question: no question is in both halves. RequestError where there is only one."""
         if missing := [pair for pair in pairs if not pair.places.get("question") or not pair.answer]:
             raise RequestError(
-                f"{len(missing)} of {len(pairs)} pairs have no label 'question' or no answer; use the pairs of "
+                f"{len(missing)} of {counted(len(pairs), 'pair')} have no label 'question' or no answer; "
+                "use the pairs of "
                 "wb.prompt_pairs('in-context-capitals', model), or label the last line of your prompts"
             )
         questions = sorted({pair.answer for pair in pairs})
@@ -235,12 +239,13 @@ class FunctionVectors(StoreProbe):
         right, chance = (100 * float(at[name]["steered_accuracy"]) for name in VECTORS)
         best = result.table.iloc[0]
         text = (
-            f"P(answer) to the question alone {chances['question']:.2g}, with the vector of {number} heads after block "
+            f"P(answer) to the question alone {chances['question']:.2g}, with the vector of "
+            f"{counted(number, 'head')} after block "
             f"{layer} {with_vector:.2g}{interval}, with random heads {with_random:.2g}, with examples "
-            f"{chances['examples']:.2g}; right answers {shares['question']:.0f} %, {right:.0f} %, "
-            f"{chance:.0f} %, {shares['examples']:.0f} % (shuffled examples {shares['shuffled']:.0f} %); strongest "
-            f"head {head_name(int(best['layer']), int(best['head']))}, P(answer) {best['effect']:+.3f}; "
-            f"{data.attrs['reported']} questions, heads and block chosen on {data.attrs['choosing']} others."
+            f"{chances['examples']:.2g}; right answers {shares['question']:z.0f} %, {right:z.0f} %, "
+            f"{chance:z.0f} %, {shares['examples']:z.0f} % (shuffled examples {shares['shuffled']:z.0f} %); strongest "
+            f"head {head_name(int(best['layer']), int(best['head']))}, P(answer) {best['effect']:+z.3f}; "
+            f"{counted(data.attrs['reported'], 'question')}, heads and block chosen on {data.attrs['choosing']} others."
         )
         return with_note(text, result)
 
@@ -276,7 +281,7 @@ def _steering(result: Result, measure: str) -> go.Figure:
             error_y=error_bars(mean, low, high),
             name=name,
             mode="lines+markers",
-            line={"color": colour},
+            line={"color": colour, "dash": "longdash" if vector == "random" else "solid"},
             hovertemplate="block %{x}: %{y:.3g}",
         )
     for prompt, dash in (("examples", "dash"), ("shuffled", "dashdot"), ("question", "dot")):
@@ -287,7 +292,9 @@ def _steering(result: Result, measure: str) -> go.Figure:
     figure.update_layout(
         title={
             "text": "Function vector added to questions without examples",
-            "subtitle": {"text": f"{text}, 95 % CI over {data.attrs['reported']} questions; lines: no vector"},
+            "subtitle": {
+                "text": f"{text}, 95 % CI over {counted(data.attrs['reported'], 'question')}; lines: no vector"
+            },
         },
         width=820,
         height=480,
@@ -296,7 +303,9 @@ def _steering(result: Result, measure: str) -> go.Figure:
     figure.update_xaxes(title="block after which the vector is added", dtick=integer_step(blocks.tolist()))
     if measure == "accuracy":
         return figure.update_yaxes(title="share of questions", range=[-0.03, 1.03])
-    return figure.update_yaxes(title="probability", type="log", exponentformat="power", dtick=1)
+    return figure.update_yaxes(
+        title="probability", **log_axis(data[f"steered_{measure}"].to_numpy(), data[measure].to_numpy())
+    )
 
 
 def _heads(result: Result) -> go.Figure:
@@ -304,7 +313,7 @@ def _heads(result: Result) -> go.Figure:
     layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
     values = data["effect"].to_numpy()
     hover = [
-        [f"<b>{head_name(layer, head)}</b><br>effect {values[row, head]:.4f}" for head in heads]
+        [f"<b>{head_name(layer, head)}</b><br>effect {values[row, head]:z.4f}" for head in heads]
         for row, layer in enumerate(layers)
     ]
     return head_grid(
@@ -312,7 +321,8 @@ def _heads(result: Result) -> go.Figure:
         hover=hover,
         layers=layers,
         title="Heads that carry the task",
-        subtitle=f"change of P(answer) in prompts with shuffled examples, {data.attrs['choosing']} questions",
+        subtitle=f"change of P(answer) in prompts with shuffled examples, "
+        f"{counted(data.attrs['choosing'], 'question')}",
         unit="probability",
-        limits=(0.0, max(1e-6, float(np.nanmax(values)))),
+        limits=colour_limits(values),
     )

@@ -37,17 +37,18 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
-    ThemedFigure,
     TrainedFutureLens,
     Variable,
     axis_title,
     check,
     check_fields,
     choose_layer,
+    clustered_ends,
+    counted,
     dataset,
-    error_bars,
     fit_direct,
     fit_linear,
+    future_calibration,
     future_title,
     future_view,
     layer_panels,
@@ -63,10 +64,10 @@ from workbench.probing import (
     precision_table,
     progress,
     provenance,
+    recorded_ends,
     require_causal,
     tokens_ahead,
     usable_device,
-    wilson,
     with_interval,
     with_note,
 )
@@ -78,7 +79,9 @@ _K = (*_READ, "k")
 _SHARE = "share of tokens"
 
 VARIABLES = (
-    Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "bigram_precision"),
+    *with_interval(
+        Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "bigram_precision")
+    ),
     Variable("text_precision", _K, _SHARE, "the same for the text's token as target", "bigram_text_precision"),
     Variable("surprisal", _READ, "nats", "mean -ln p of the prediction under the model at T+N", "bigram_surprisal"),
     Variable("shuffled_precision", _READ, _SHARE, "precision at 1 of the map on the states of other tokens", "chance"),
@@ -91,7 +94,7 @@ VARIABLES = (
     Variable("ridge", ("layer", "horizon"), "times the mean variance of a dimension", "chosen penalty, linear method"),
     Variable("epochs", ("layer", "horizon"), "epochs", "training epochs of the best direct map"),
     Variable("bigram_surprisal", ("horizon",), "nats", "surprisal of the bigram baseline"),
-    Variable("bigram_precision", ("horizon",), _SHARE, "precision at 1 from the token at T alone"),
+    *with_interval(Variable("bigram_precision", ("horizon",), _SHARE, "precision at 1 from the token at T alone")),
     Variable("bigram_seen", ("horizon",), _SHARE, "test tokens whose token at T some training row has"),
     Variable("bigram_seen_precision", ("horizon",), _SHARE, "bigram_precision on tokens that the bigram has seen"),
     Variable("bigram_text_precision", ("horizon",), _SHARE, "text_precision at 1 from the token at T alone"),
@@ -261,20 +264,21 @@ class FutureLens(LayerProbe):
             names = ("bigram_seen", "seen_precision", "bigram_seen_precision")
             share, accuracy, bigram = (100 * float(at[name]) for name in names)
             against = (
-                f"on the {share:.0f} % of tokens that the bigram has seen {accuracy:.0f} to {bigram:.0f} %, {against}"
+                f"on the {share:z.0f} % of tokens that the bigram has seen {accuracy:z.0f} to "
+                f"{bigram:z.0f} %, {against}"
             )
             against = against if share else "the bigram has seen none of the tokens, so there is no gain to measure"
         return with_note(
-            f"Top-1 accuracy at {tokens_ahead(int(at_horizon['horizon']))}: {100 * float(at['precision'][0]):.0f} % "
+            f"Top-1 accuracy at {tokens_ahead(int(at_horizon['horizon']))}: {100 * float(at['precision'][0]):z.0f} % "
             f"(layer {int(at_horizon['best_layer'])}, {at['method'].item()} probe); bigram baseline "
-            f"{100 * float(at_horizon['bigram_precision']):.0f} %; {against}.",
+            f"{100 * float(at_horizon['bigram_precision']):z.0f} %; {against}.",
             result,
         )
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """Returns "precision" and "gain" over the bigram by layer, "calibration", and "view", a text."""
-        figures = {"precision": _precision(result), "gain": _gain(result), "calibration": _calibration(result)}
+        figures = {"precision": _precision(result), "gain": _gain(result), "calibration": future_calibration(result)}
         return {**figures, "view": future_view(result)} if result.data.sizes["row"] else figures
 
 
@@ -304,11 +308,14 @@ def _test(
     probability = probabilities[:, 0]
     targets, text = task.model_top[rows + horizon], task.text_next[rows + horizon]
     hits = ids == targets[:, None]
+    low, high = clustered_ends(hits.cumsum(1), task.rows.document[rows], seed=probe.seed)
     bins = np.minimum((_BINS * probability).astype(int), _BINS - 1)
     counts = np.bincount(bins, minlength=_BINS)
     with np.errstate(invalid="ignore"):  # NaN for empty bins and where no token follows
         numbers = {
             "precision": hits.cumsum(1).mean(0),
+            "precision_low": low,
+            "precision_high": high,
             "text_precision": (ids == text[:, None])[text >= 0].cumsum(1).sum(0) / (text >= 0).sum(),
             "shuffled_precision": (ids[_other_rows(len(rows), probe.seed), 0] == targets).mean(),
             "validation_precision": fitted.precision,
@@ -361,8 +368,11 @@ def _against_bigram(
         bigram_text = np.divide((bigram == text).sum(), (text >= 0).sum())
         by_map["seen_precision"] = np.divide(((tops == targets) & seen_rows).sum(1), seen_rows.sum())
         bigram_seen = np.divide(((bigram == targets) & seen_rows).sum(), seen_rows.sum())
+    low, high = clustered_ends(bigram == targets, task.rows.document[rows], seed=seed)
     return {
         **{name: values.reshape(shape) for name, values in by_map.items()},
+        "bigram_precision_low": low,
+        "bigram_precision_high": high,
         "bigram_surprisal": surprisal[-1],
         "bigram_precision": (bigram == targets).mean(),
         "bigram_seen": seen_rows.mean(),
@@ -420,19 +430,21 @@ def _precision(result: Result) -> go.Figure:
                 tokens_ahead(horizon),
                 CATEGORIES[horizon % len(CATEGORIES)],
             )
-            values = at_horizon["precision"].sel({"method": method, "k": 1}).to_numpy()
-            baseline = float(at_horizon["bigram_precision"])
-            curves.append(Curve(name, values, colour))
+            at = at_horizon.sel({"method": method, "k": 1})
+            curves.append(Curve(name, at["precision"].to_numpy(), colour, ends=recorded_ends(at, "precision")))
+            baseline = float(at["bigram_precision"])
             curves.append(Curve(f"bigram baseline, {name}", baseline, colour, dash="dash", group=name, legend=False))
         panels.append(Panel(f"{method} probe", curves))
     documents, seen_note = int(data["documents"]), ""
+    bands = "; bands: 95 % intervals over these" * (recorded_ends(data, "precision") is not None)
     if "bigram_seen" in data:
-        seen_note = f", which have at least {100 * float(data['bigram_seen'].min()):.0f} % of the test tokens"
+        seen_note = f", which have at least {100 * float(data['bigram_seen'].min()):z.0f} % of the test tokens"
     return layer_panels(
         [panels],
         layers=data["layer"].to_numpy().tolist(),
         title=f"{future_title(result)}: top-1 accuracy",
-        subtitle=f"{documents:,} test documents; dashed: bigram baseline fitted on the training documents{seen_note}",
+        subtitle=f"{counted(documents, 'test document')}{bands}; dashed: bigram baseline fitted on the training "
+        f"documents{seen_note}",
         unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
     )
 
@@ -453,41 +465,7 @@ def _gain(result: Result) -> go.Figure:
         [panels],
         layers=data["layer"].to_numpy().tolist(),
         title=f"{future_title(result)}: gain over the bigram baseline",
-        subtitle=f"on the tokens{seen_note}; bands: 95 % interval over {int(data['documents']):,} test documents",
+        subtitle=f"on the tokens{seen_note}; bands: 95 % interval over {counted(data['documents'], 'test document')}",
         unit=axis_title(data["gain"].attrs, "gain"),
     )
     return figure.update_yaxes(zeroline=True, zerolinecolor=NEUTRAL)
-
-
-def _calibration(result: Result) -> go.Figure:
-    """Top-1 accuracy of the best map of each horizon by the probability it gives its prediction."""
-    data = result.data
-    diagonal = {"color": NEUTRAL, "dash": "dot"}
-    figure = ThemedFigure(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfect calibration", line=diagonal))
-    best = (data[name].to_numpy() for name in ("horizon", "best_method", "best_layer"))
-    for horizon, method, layer in zip(*best, strict=True):
-        at_horizon = data.isel(method=int(method)).sel(horizon=horizon, layer=layer)
-        share, number = at_horizon["calibration"].to_numpy(), at_horizon["calibration_rows"].to_numpy()
-        figure.add_scatter(
-            x=at_horizon["bin"].to_numpy(),
-            y=share,
-            error_y=error_bars(share, *wilson(share, np.where(number > 0, number, np.nan))),
-            customdata=number,
-            name=f"{tokens_ahead(int(horizon))}, layer {layer}",
-            mode="lines+markers",
-            line={"color": CATEGORIES[int(horizon) % len(CATEGORIES)]},
-            hovertemplate="%{y:.3f} of %{customdata:,} tokens",
-        )
-    figure.update_layout(
-        title={
-            "text": f"{future_title(result)}: calibration",
-            "subtitle": {
-                "text": "best layer and method of each horizon; bars: Wilson's 95 % interval of each bin's tokens"
-            },
-        },
-        margin={"t": 110},
-        height=520,
-        width=680,
-    )
-    figure.update_xaxes(title="probability of the predicted token", range=[0, 1])
-    return figure.update_yaxes(title=axis_title(data["calibration"].attrs, "top-1 accuracy"), range=[0, 1])

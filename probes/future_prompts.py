@@ -15,36 +15,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.probing import (
-    CATEGORIES,
+    LEARNED,
     LOST_VARIABLES,
-    NEUTRAL,
     ActivationArray,
-    Curve,
     FutureSplit,
     FutureTask,
     LayerProbe,
     Model,
-    Panel,
     Prompted,
     RequestError,
     Result,
     Site,
     Store,
-    ThemedFigure,
     Variable,
-    axis_title,
     check_fields,
     choose_layer,
+    clustered_ends,
+    counted,
     dataset,
-    label,
-    layer_panels,
     load_future_task,
     load_unembed,
     log_probabilities,
@@ -55,9 +49,13 @@ from workbench.probing import (
     points_text,
     precision_table,
     progress,
+    prompt_precision,
+    prompt_ranks,
     recorded_model,
+    regime_name,
     require_causal,
     run_prompted,
+    short_prompt,
     token_embeddings,
     usable_device,
     with_interval,
@@ -72,7 +70,6 @@ PROMPTS: tuple[str, ...] = (
 )
 """Fixed prompts of Pal et al. 2023; the model's own tokenizer adds its special tokens."""
 
-LEARNED = "learned"
 REGIMES = ("teacher-forced", "free-running")
 
 _LOGIT_BYTES = 256 << 20  # of one pass's logits in float32
@@ -82,7 +79,9 @@ _BEST = ("regime", "horizon")
 _SHARE = "share of tokens"
 
 VARIABLES = (
-    Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "zero_precision"),
+    *with_interval(
+        Variable("precision", _K, _SHARE, "the model's top token at T+N is among the first k", "zero_precision")
+    ),
     Variable("surprisal", _READ, "nats", "mean -ln p of the predicted token under the model at T+N in the text"),
     Variable("zero_precision", _READ, _SHARE, "precision at 1 with zeros in place of the state"),
     *with_interval(Variable("gain", _READ, _SHARE, "precision at 1 minus zero_precision", "0")),
@@ -233,7 +232,8 @@ class FuturePrompts(LayerProbe):
         longest = max(self.prompt_tokens, *map(len, ids), 0) + self.horizons - 1
         if model.context_limit is not None and longest > model.context_limit:
             raise RequestError(
-                f"prompts and horizons need {longest} positions and model {model.name!r} has {model.context_limit}; "
+                f"prompts and horizons need {counted(longest, 'position')} and model {model.name!r} has "
+                f"{model.context_limit}; "
                 "shorten the prompts"
             )
         return [token_embeddings(model, tokens) for tokens in ids]
@@ -249,18 +249,18 @@ class FuturePrompts(LayerProbe):
             best = at.isel(prompt=int(at["best_prompt"])).sel(layer=int(at["best_layer"]))
             names = ("zero_precision", "gain", "gain_low", "gain_high", "bigram_precision")
             zero, gain, low, high, bigram = (100 * float(best[name]) for name in names)
-            seen_note = f", {100 * float(at['bigram_seen']):.0f} % of tokens seen" if "bigram_seen" in data else ""
+            seen_note = f", {100 * float(at['bigram_seen']):z.0f} % of tokens seen" if "bigram_seen" in data else ""
             parts.append(
-                f"{_regime(regime)} {100 * float(best['precision'][0]):.0f} % (layer {int(at['best_layer'])}, prompt "
-                f"{_short(str(best['prompt'].item()))}; zero state {zero:.0f} %, gain "
-                f"{points_text(gain, low, high)}; bigram baseline {bigram:.0f} %{seen_note})"
+                f"{regime_name(regime)} {100 * float(best['precision'][0]):z.0f} % (layer {int(at['best_layer'])}, "
+                f"prompt {short_prompt(str(best['prompt'].item()))}; zero state {zero:z.0f} %, gain "
+                f"{points_text(gain, low, high)}; bigram baseline {bigram:z.0f} %{seen_note})"
             )
         return with_note(f"Top-1 accuracy at t+{horizon + 1}: {', '.join(parts)}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """Returns "precision" (top-1 accuracy by layer, regime and horizon) and "ranks" (precision at k)."""
-        return {"precision": _precision(result), "ranks": _ranks(result)}
+        return {"precision": prompt_precision(result), "ranks": prompt_ranks(result)}
 
 
 # ---- tokens and prompts ---------------------------------------------------------------------------------
@@ -385,8 +385,12 @@ def _test(setup: _Setup, seed: int) -> _Reading:
     predictions = setup.predictions(tested, tested)
     zero = setup.predictions(tested, None)[..., 0]
     chosen = setup.predictions(validation, validation)[..., 0]
+    hits = (predictions == targets[..., None]).cumsum(-1)
+    low, high = clustered_ends(hits, setup.tokens.task.rows.document[tested], seed=seed)
     shares = {
-        "precision": (predictions == targets[..., None]).cumsum(-1).mean(0),
+        "precision": hits.mean(0),
+        "precision_low": low,
+        "precision_high": high,
         "zero_precision": (zero == targets).mean(0),
         "shuffled_precision": (setup.predictions(tested, tested[partners])[..., 0] == targets).mean(0),
         "validation_precision": (chosen == setup.tokens.targets(validation)).mean(0),
@@ -431,70 +435,3 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
     names = ("surprisal", "zero_precision", "shuffled_precision", "gain", "gain_low", "gain_high")
     bigram = data["bigram_precision"]
     return precision_table(data, (*names, "validation_precision"), _READ, bigram_precision=bigram)
-
-
-def _title(result: Result) -> str:
-    return f"Future prompts of {label(str(result.provenance['model']), 60)}"
-
-
-def _short(prompt: str) -> str:
-    return prompt if prompt == LEARNED else label(prompt, 28)
-
-
-def _regime(name: str) -> str:
-    return {"fed": "teacher-forced", "blind": "free-running"}.get(name, name)  # names in results of earlier versions
-
-
-def _precision(result: Result) -> go.Figure:
-    """Top-1 accuracy by layer: a row per regime, a column per horizon; dotted: zeros for the state."""
-    data = result.data
-    rows = []
-    for regime in data["regime"].to_numpy().tolist():
-        panels = []
-        for horizon in data["horizon"].to_numpy().tolist():
-            at_horizon, curves = data.sel(regime=regime, horizon=horizon), []
-            for number, prompt in enumerate(data["prompt"].to_numpy().tolist()):
-                name, colour, at = _short(prompt), CATEGORIES[number % len(CATEGORIES)], at_horizon.sel(prompt=prompt)
-                zero = at["zero_precision"].to_numpy()
-                curves.append(Curve(name, at["precision"].sel(k=1).to_numpy(), colour))
-                curves.append(Curve(f"{name}, zero state", zero, colour, dash="dot", group=name, legend=False))
-            curves.append(Curve("bigram baseline", float(at_horizon["bigram_precision"]), NEUTRAL, dash="dash"))
-            panels.append(Panel(f"{_regime(regime)}, t+{horizon + 1}", curves))
-        rows.append(panels)
-    return layer_panels(
-        rows,
-        layers=data["layer"].to_numpy().tolist(),
-        title=f"{_title(result)}: top-1 accuracy",
-        subtitle=f"{int(data['rows']):,} test tokens; dotted: zeros for the state; dashed: bigram baseline",
-        unit=axis_title(data["precision"].attrs, "top-1 accuracy"),
-    )
-
-
-def _ranks(result: Result) -> go.Figure:
-    """Precision at k of the best prompt and layer of each regime and horizon."""
-    data = result.data
-    figure = ThemedFigure()
-    for regime, dash in zip(data["regime"].to_numpy().tolist(), ("solid", "dash"), strict=True):
-        for horizon in data["horizon"].to_numpy().tolist():
-            at = data.sel(regime=regime, horizon=horizon)
-            layer, best = int(at["best_layer"]), at.isel(prompt=int(at["best_prompt"]))
-            prompt = _short(str(best["prompt"].item()))
-            figure.add_scatter(
-                x=data["k"].to_numpy().tolist(),
-                y=best["precision"].sel(layer=layer).to_numpy(),
-                name=f"{_regime(regime)}, t+{horizon + 1}: {prompt}, layer {layer}",
-                mode="lines+markers",
-                line={"color": CATEGORIES[horizon % len(CATEGORIES)], "dash": dash},
-            )
-    figure.update_layout(
-        title={
-            "text": f"{_title(result)}: precision at k",
-            "subtitle": {"text": f"{int(data['rows']):,} test tokens; best prompt and layer by validation tokens"},
-        },
-        margin={"t": 110},
-        legend={"y": -0.22, "yanchor": "top"},
-        height=520 + 12 * len(figure.data),  # pyright: ignore[reportArgumentType]  # plotly
-        width=860,
-    )
-    figure.update_xaxes(title="k", dtick=1)
-    return figure.update_yaxes(title=axis_title(data["precision"].attrs, "precision at k"), rangemode="tozero")

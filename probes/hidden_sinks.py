@@ -36,6 +36,8 @@ from workbench.probing import (
     check_fields,
     clustered_interval,
     clustered_means,
+    colour_limits,
+    counted,
     dataset,
     error_bars,
     head_grid,
@@ -175,10 +177,10 @@ class HiddenSinks(LayerProbe):
         known = data["share"].notnull()
         frequent = [int((data[name] >= 0.5).where(known, False).sum()) for name in ("share_relative", "share_fixed")]
         text = (
-            f"{share:.1f} % of heads have a hidden sink{interval} (alpha above {settings['threshold']} = "
+            f"{share:z.1f} % of heads have a hidden sink{interval} (alpha above {settings['threshold']} = "
             f"{float(data['cutoff']):.3g} at a position after the first, T {settings['length']}, "
-            f"{int(data['sequences']):,} sequences); in half of the sequences or more: {frequent[0]} of "
-            f"{int(known.sum())} heads with 5/N, {frequent[1]} with 0.1"
+            f"{counted(data['sequences'], 'sequence')}); in half of the sequences or more: {frequent[0]} of "
+            f"{counted(int(known.sum()), 'head')} with 5/N, {frequent[1]} with 0.1"
         )
         table = result.table.loc[result.table["detections"] > 0]
         if len(table):
@@ -186,7 +188,7 @@ class HiddenSinks(LayerProbe):
             name = str(data["class"][int(np.nanargmax(lift.where(data["class_tokens"] > 0.005).to_numpy()))].item())
             part, base = (100 * float(data[of].sel({"class": name})) for of in ("class_share", "class_tokens"))
             tokens = ", ".join(json.dumps(token, ensure_ascii=True)[:24] for token in table["token"].tolist()[:3])
-            text += f"; {part:.0f} % of detections are on {name} tokens, {base:.0f} % of tokens; most on {tokens}"
+            text += f"; {part:z.0f} % of detections are on {name} tokens, {base:z.0f} % of tokens; most on {tokens}"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -294,10 +296,10 @@ def _notes(probe: HiddenSinks, data: Any) -> list[str]:
     if number := int(data["uniform_positions"]):
         notes.append(
             f"the threshold is low: a head that attends uniformly has {number} hidden sinks of "
-            f"{int(data['reliable'].sum())} positions; give a larger threshold, or a smaller length"
+            f"{counted(int(data['reliable'].sum()), 'position')}; give a larger threshold, or a smaller length"
         )
     if short := int(data["short_sequences"]):
-        notes.append(f"{short:,} sequences of fewer than {probe.length} tokens left out")
+        notes.append(f"{counted(short, 'sequence')} of fewer than {probe.length} tokens left out")
     return notes
 
 
@@ -313,17 +315,18 @@ def _heads(result: Result) -> go.Figure:
     values = {name: data[name].to_numpy() for name in names}
 
     def hover(row: int, head: int) -> str:
-        lines = [f"{name}: {grid[row, head]:.3f}" for name, grid in values.items()]
+        lines = [f"{name}: {grid[row, head]:z.3f}" for name, grid in values.items()]
         return "<br>".join([f"<b>{head_name(layers[row], heads[head])}</b>", *lines])
 
     return head_grid(
         data["share"].to_numpy(),
         hover=[[hover(row, head) for head in range(len(heads))] for row in range(len(layers))],
         layers=layers,
-        title=f"Hidden sinks in {model_label(result)}: {share:.1f} % of heads{interval_suffix(low, high, '.1f')}",
-        subtitle=f"share of {int(data['sequences']):,} sequences in which a position after the first receives more "
+        title=f"Hidden sinks in {model_label(result)}: {share:z.1f} % of heads{interval_suffix(low, high, '.1f')}",
+        subtitle=f"share of {counted(data['sequences'], 'sequence')} in which a position after the first receives more "
         f"than {settings['threshold']} = {float(data['cutoff']):.3g} of the attention",
         unit=axis_title(data["share"].attrs),
+        limits=colour_limits(data["share"].to_numpy()),
     )
 
 
@@ -366,7 +369,7 @@ def _positions(result: Result) -> go.Figure:
     if "position_share_low" in data:
         low, high = (100 * data[f"position_share_{end}"].to_numpy() for end in ("low", "high"))
         ends = {int(at): (low[at], high[at]) for at in np.flatnonzero(reliable)}
-    return position_bars(
+    figure = position_bars(
         100 * data["position_share"].to_numpy(),
         reliable=reliable,
         ends=ends,
@@ -376,3 +379,7 @@ def _positions(result: Result) -> go.Figure:
         + "; bars: 95 % interval over documents" * bool(ends),
         unit="% of (sequence, head)",
     )
+    bars: Any
+    for bars in figure.data:  # no key for bars that are not drawn
+        bars.update(showlegend=bool(np.nan_to_num(np.asarray(bars.y, float)).any()))
+    return figure

@@ -27,8 +27,11 @@ import xarray as xr
 
 from workbench.probing import (
     ABLATION_VARIABLES,
+    CATEGORIES,
     LOST_VARIABLES,
+    NEUTRAL,
     TOKEN_MEASURES,
+    Band,
     LayerProbe,
     MeasuredRows,
     Model,
@@ -44,18 +47,24 @@ from workbench.probing import (
     ablated_heads,
     ablation_text,
     axis_title,
+    binned_ends,
     blocks,
     check,
     check_fields,
     choose_layers,
+    colour_limits,
     copying_scores,
+    counted,
     counted_queries,
     dataset,
+    error_bars_of,
     group_intervals,
     head_grid,
+    head_hover,
     head_name,
     interval_suffix,
     intervals,
+    layer_bands,
     layers_of,
     layers_text,
     load_unembed,
@@ -63,6 +72,7 @@ from workbench.probing import (
     model_label,
     next_tokens,
     plain_torch,
+    recorded_ends,
     recorded_model,
     recorded_sums,
     require_any,
@@ -84,14 +94,16 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("induction_shuffled", _HEAD, "attention", "at the targets of other sequences, same query positions"),
     Variable("induction_reference", _HEAD, "attention", "attention at the best fixed offset, 1 or more back"),
     Variable("reference_offset", _HEAD, "tokens", "that offset"),
-    Variable("duplicate", _HEAD, "attention", "to the earlier occurrences themselves", _UNIFORM),
-    Variable("previous", _HEAD, "attention", "to the token before the query"),
-    Variable("current", _HEAD, "attention", "to the query's own token"),
-    Variable("first", _HEAD, "attention", "to the first token of the sequence"),
+    *with_interval(Variable("duplicate", _HEAD, "attention", "to the earlier occurrences themselves", _UNIFORM)),
+    *with_interval(Variable("previous", _HEAD, "attention", "to the token before the query")),
+    *with_interval(Variable("current", _HEAD, "attention", "to the query's own token")),
+    *with_interval(Variable("first", _HEAD, "attention", "to the first token of the sequence")),
     Variable("copying", _HEAD, "share of tokens", "tokens whose own direct logit is the largest", "1 / copying_tokens"),
     Variable("copying_eigen", _HEAD, "1", "sum of the OV circuit's eigenvalues / sum of their sizes, -1 to 1", "0"),
     *ABLATION_VARIABLES,
-    Variable("icl_loss", ("position",), "nats", "mean cross-entropy of the next token, by position of the query"),
+    *with_interval(
+        Variable("icl_loss", ("position",), "nats", "mean cross-entropy of the next token, by position of the query")
+    ),
     Variable("icl_tokens", ("position",), "tokens", "tokens that icl_loss is the mean of"),
     Variable("icl_score", (), "nats", "icl_loss at `late` less that at `early`; negative: context helps", "0"),
     Variable("loss_repeated", (), "nats", "mean cross-entropy after tokens that stand earlier in their sequence"),
@@ -218,31 +230,31 @@ class InductionHeads(LayerProbe):
         heads = f"{number} of {measured} heads are induction heads (excess > {threshold:g})"
         heads = heads if measured else "Induction heads not counted: there is no other sequence to compare with"
         interval = interval_suffix(best["induction_low"], best["induction_high"])
-        blind = f"one fixed offset collects at most {float(data['offset_bound']):.2f}"
+        blind = f"one fixed offset collects at most {float(data['offset_bound']):z.2f}"
         if not np.isnan(best.get("induction_shuffled", np.nan)):
             blind = (
-                f"targets of other sequences {best['induction_shuffled']:.2f}, best fixed offset "
-                f"{best['induction_reference']:.2f}"
+                f"targets of other sequences {best['induction_shuffled']:z.2f}, best fixed offset "
+                f"{best['induction_reference']:z.2f}"
             )
         text = (
             f"{heads}; strongest {head_name(int(best['layer']), int(best['head']))}: induction "
-            f"{best['induction']:.2f}{interval}, {blind}"
+            f"{best['induction']:z.2f}{interval}, {blind}"
         )
         if not np.isnan(best.get("duplicate", np.nan)):
-            text += f", duplicate {best['duplicate']:.2f}"
+            text += f", duplicate {best['duplicate']:z.2f}"
         if "copying" in data:
-            text += f", copying {100 * best['copying']:.0f} %, eigenvalues {best['copying_eigen']:.2f}"
+            text += f", copying {100 * best['copying']:z.0f} %, eigenvalues {best['copying_eigen']:z.2f}"
         if "ablation" in data and "after repeated tokens" in data["group"].to_numpy():
             several = str(data["ablated"][-1].item()).replace("all ", "the strongest ")
             effect = ablation_text({name: data[name].to_numpy() for name in map(str, data.data_vars)})
             text += f"; loss after repeated tokens with {several} ablated {effect}"
         if "loss_repeated" in data:
             text += (
-                f"; loss after repeated tokens {float(data['loss_repeated']):.2f} nats, after new ones "
-                f"{float(data['loss_new']):.2f}"
+                f"; loss after repeated tokens {float(data['loss_repeated']):z.2f} nats, after new ones "
+                f"{float(data['loss_new']):z.2f}"
             )
         if "icl_score" in data:
-            text += f"; in-context-learning score {float(data['icl_score']):.2f} nats"
+            text += f"; in-context-learning score {float(data['icl_score']):z.2f} nats"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -274,13 +286,16 @@ def _read(
     else:
         sums, blind, references = recorded_sums(store, layer, queries, len(sequences)), queries.offset_bound, {}
     clusters, index = np.unique(sequences.document, return_inverse=True)
-    resampled = np.zeros((2, len(clusters), sums["induction"].shape[1]))
-    np.add.at(resampled[0], index, sums["induction"])
-    np.add.at(resampled[1], index, np.repeat(counts[:, None], sums["induction"].shape[1], 1))
-    low, high = intervals(resampled_means(*resampled, resamples=probe.resamples, seed=probe.seed)[1])
+    measured = np.stack([*sums.values()], 1)  # sequence, measure, head
+    totals, queries_of = (np.zeros((len(clusters), measured[0].size)) for _ in range(2))
+    np.add.at(totals, index, measured.reshape(len(measured), -1))
+    np.add.at(queries_of, index, counts[:, None])
+    ends = intervals(resampled_means(totals, queries_of, resamples=probe.resamples, seed=probe.seed)[1])
+    low, high = (dict(zip(sums, end.reshape(measured.shape[1:]), strict=True)) for end in ends)
     means = {name: values.sum(0) / counts.sum() for name, values in sums.items()} | references
-    means |= {"induction_low": low, "induction_high": high, "excess": means["induction"] - blind}
-    return means | {"excess_low": low - blind, "excess_high": high - blind}
+    means |= {f"{name}_{side}": end[name] for name in sums for side, end in (("low", low), ("high", high))}
+    means |= {"excess": means["induction"] - blind, "excess_low": low["induction"] - blind}
+    return means | {"excess_high": high["induction"] - blind}
 
 
 def _notes(store: Store, layers: list[int], sequences: int) -> list[str]:
@@ -329,12 +344,14 @@ def _losses(
     for part in sequences.blocks(int(sequences.lengths.max())):
         keys = token_keys(sequences, part)
         repeated[keys.rows[keys.counts.numpy()]] = True
-    at, is_repeat = position[rows], repeated[rows]
-    tokens = np.bincount(at)
+    at, is_repeat, tokens = position[rows], repeated[rows], np.bincount(position[rows])
     with np.errstate(invalid="ignore"):
         by_position = np.bincount(at, loss) / tokens
         parts = [np.divide(loss[mask].sum(), mask.sum()) for mask in (is_repeat, ~is_repeat)]
     arrays: dict[str, Any] = {"icl_loss": by_position, "icl_tokens": tokens}
+    resampling: dict[str, Any] = {"resamples": probe.resamples, "seed": probe.seed}
+    ends = binned_ends(loss, at, store.tokens["document"].to_numpy()[rows], **resampling)
+    arrays |= dict(zip(("icl_loss_low", "icl_loss_high"), ends, strict=True))
     arrays |= {"loss_repeated": parts[0], "loss_new": parts[1]}
     near = [np.abs(at - place) <= probe.window for place in (probe.early, probe.late)]
     if not near[1].any():
@@ -393,7 +410,8 @@ def _table(data: xr.Dataset) -> pd.DataFrame:
 
 def _heads(result: Result) -> go.Figure:
     data, layers = result.data, result.data["layer"].to_numpy().tolist()
-    lines = {(line["layer"], line["head"]): _hover(line) for line in result.table.to_dict("records")}
+    measures = ("excess", *TOKEN_MEASURES, "induction_shuffled", "copying", "copying_eigen")
+    lines = {(line["layer"], line["head"]): head_hover(line, measures) for line in result.table.to_dict("records")}
     whole = data["induction_shuffled"].notnull().any("head").all() if "induction_shuffled" in data else False
     blind = "that at the targets of other sequences" if whole else "what one fixed offset collects at most"
     return head_grid(
@@ -401,38 +419,43 @@ def _heads(result: Result) -> go.Figure:
         hover=[[lines.get((layer, head), "") for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
         title=f"Induction heads of {model_label(result)}",
-        subtitle=f"attention to the tokens after earlier occurrences, less {blind}; {int(data['queries']):,} queries",
+        subtitle=f"attention to the tokens after earlier occurrences, less {blind}; {_size(data)}",
         unit="excess",
+        limits=colour_limits(data["excess"].to_numpy()),
     )
-
-
-def _hover(line: Mapping[str, Any]) -> str:
-    names = [
-        name for name in ("excess", *TOKEN_MEASURES, "induction_shuffled", "copying", "copying_eigen") if name in line
-    ]
-    values = [f"{name}: {line[name]:.3f}" for name in names]
-    return "<br>".join([f"<b>{head_name(int(line['layer']), int(line['head']))}</b>", *values])
 
 
 def _kinds(result: Result) -> go.Figure:
     best = result.table.head(12)
     names = [head_name(layer, head) for layer, head in zip(best["layer"], best["head"], strict=True)]
-    kinds = [kind for kind in TOKEN_MEASURES if kind in best]
-    figure = ThemedFigure([go.Scatter(x=names, y=best[kind], name=kind, mode="markers") for kind in kinds])
-    figure.update_traces(marker={"size": 9}, hovertemplate="%{x}: %{y:.3f}")
+    figure = ThemedFigure(layout={"scattermode": "group", "scattergap": 0.25})
+    for kind in TOKEN_MEASURES:
+        if kind in best:
+            figure.add_scatter(x=names, y=best[kind], name=kind, mode="markers", error_y=error_bars_of(best, kind))
+    figure.update_traces(marker={"size": 7}, hovertemplate="%{x}: %{y:.3f}")
     whole = "induction_shuffled" in best
     figure.add_scatter(
         x=names,
         y=best["induction_shuffled"] if whole else [float(result.data["offset_bound"])] * len(names),
         name="induction, other sequences" if whole else "one fixed offset, at most",
         mode="markers",
-        marker={"symbol": "line-ew-open", "size": 16, "color": "black"},
+        marker={"symbol": "line-ew-open", "size": 9, "color": NEUTRAL},
         hovertemplate="%{x}: %{y:.3f}",
     )
-    title = {"text": f"Attention of the strongest induction heads of {model_label(result)}"}
-    figure.update_layout(title=title, height=440, width=860, margin={"t": 100})
+    title = f"Attention of the strongest induction heads of {model_label(result)}"
+    figure.update_layout(
+        title={"text": title, "subtitle": {"text": f"{_size(result.data)}; bars: 95 % intervals over documents"}},
+        height=480,
+        width=960,
+        margin={"t": 120},
+    )
     figure.update_xaxes(title="head, largest excess first", type="category")
-    return figure.update_yaxes(title=axis_title(result.data["induction"].attrs), range=[-0.03, 1.03])
+    figure.update_yaxes(title=axis_title(result.data["induction"].attrs), rangemode="tozero")
+    return figure
+
+
+def _size(data: xr.Dataset) -> str:
+    return f"{counted(data['queries'], 'query')} in {counted(data['sequences'], 'sequence')}"
 
 
 def _ablated(result: Result) -> go.Figure:
@@ -441,8 +464,10 @@ def _ablated(result: Result) -> go.Figure:
         str(group): np.stack([data[f"ablation{end}"].sel(group=group).to_numpy() for end in ends])
         for group in data["group"].to_numpy()
     }
-    random = data["ablation_random"].isel(group=0).to_numpy()
-    groups[f"random heads, {data['group'].to_numpy()[0]}"] = np.stack([random] * 3)
+    random = data.isel(group=0)
+    low, high = recorded_ends(random, "ablation_random") or np.full((2, data.sizes["ablated"]), np.nan)
+    control = f"random heads, {random['group'].item()}"
+    groups[control] = np.stack([random["ablation_random"].to_numpy(), low, high])
     figure = group_intervals(
         groups,
         categories=[str(name) for name in data["ablated"].to_numpy()],
@@ -451,15 +476,24 @@ def _ablated(result: Result) -> go.Figure:
         subtitle="change of the loss with outputs at their mean; 95 % intervals over documents; random heads of the "
         "same layers",
     )
+    figure.update_traces(marker={"color": NEUTRAL}, selector={"name": control})
     figure.update_xaxes(title="ablated heads")
     return figure.update_yaxes(title=axis_title(data["ablation"].attrs, "change of the loss"))
 
 
 def _loss(result: Result) -> go.Figure:
-    data = result.data
-    loss = go.Scatter(x=np.arange(data.sizes["position"]), y=data["icl_loss"], mode="lines", name="mean loss")
-    figure = ThemedFigure([loss])
-    title = {"text": f"Loss by position in {model_label(result)}"}
-    figure.update_layout(title=title, height=420, width=760)
+    data, shown = result.data, result.data["icl_tokens"] > 0
+    data = data.isel(position=shown.to_numpy())
+    subtitle = f"mean over {counted(data['icl_tokens'].sum(), 'token')}"
+    ends = recorded_ends(data, "icl_loss")
+    figure = layer_bands(
+        [Band("mean loss", data["icl_loss"].to_numpy(), ends, CATEGORIES[0])],
+        layers=data["position"].to_numpy().tolist(),
+        title=f"Loss by position in {model_label(result)}",
+        subtitle=f"{subtitle}; band: 95 % interval over documents" if ends else subtitle,
+        unit=axis_title(data["icl_loss"].attrs),
+    )
+    figure.update_traces(mode="lines", hovertemplate="position %{x}: %{y:.3f}")
+    figure.update_layout(showlegend=False)
     figure.update_xaxes(title="position of the query")
-    return figure.update_yaxes(title=axis_title(data["icl_loss"].attrs), rangemode="tozero")
+    return figure.update_yaxes(rangemode="tozero")

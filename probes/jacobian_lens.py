@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from workbench.probing import (
     CATEGORIES,
@@ -42,23 +42,27 @@ from workbench.probing import (
     axis_title,
     check,
     check_fields,
+    clustered_ends,
+    counted,
     dataset,
     kept_lens,
     label,
-    layer_curves,
     layer_panels,
     lens_curves,
     lens_depth,
     lens_grid,
+    mean_curves,
     mean_jacobians,
     plain_torch,
     provenance,
     read_lens,
+    recorded_ends,
     recorded_model,
     require_causal,
     selected_rows,
     tokens_at,
     usable_device,
+    with_interval,
     with_note,
 )
 
@@ -69,11 +73,19 @@ _SHARE = "share of tokens"
 _VARIABLES: tuple[Variable, ...] = (
     *LENS_VARIABLES,
     *LOST_VARIABLES,
-    Variable("recall", _AHEAD, _SHARE, "tokens whose token `horizon` on is in the lens's top k", "recall_shuffled"),
-    Variable("logit_recall", _AHEAD, _SHARE, "the same for the logit lens", "recall_shuffled"),
-    Variable("recall_shuffled", _AHEAD, _SHARE, "recall of the later tokens of other rows: frequent tokens alone"),
-    Variable("logit_mean_kl", _LAYER, "nats", "KL(model || logit lens), without J, on the same tokens"),
-    Variable("logit_mean_cross_entropy", _LAYER, "nats", "cross-entropy of the text under the logit lens", "ln(vocab)"),
+    *with_interval(
+        Variable("recall", _AHEAD, _SHARE, "tokens whose token `horizon` on is in the lens's top k", "recall_shuffled")
+    ),
+    *with_interval(Variable("logit_recall", _AHEAD, _SHARE, "the same for the logit lens", "recall_shuffled")),
+    *with_interval(
+        Variable("recall_shuffled", _AHEAD, _SHARE, "recall of the later tokens of other rows: frequent tokens alone")
+    ),
+    *with_interval(Variable("logit_mean_kl", _LAYER, "nats", "KL(model || logit lens), without J, on the same tokens")),
+    *with_interval(
+        Variable(
+            "logit_mean_cross_entropy", _LAYER, "nats", "cross-entropy of the text under the logit lens", "ln(vocab)"
+        )
+    ),
     Variable("identity", _LAYER, "1", "cosine of J and the identity: tr J / (|J| sqrt d_model), at most 1"),
     Variable("split_half", _LAYER, "1", "cosine of J - I of the even and of the odd prompts; NaN for one prompt", "0"),
     Variable("prompts", (), "prompts", "prompts that J is a mean over"),
@@ -248,12 +260,14 @@ class JacobianLens(LayerProbe):
             order = np.random.default_rng(self.seed).permutation(len(known))
             number = max(1, int((counts[order].cumsum() <= self.row_limit).sum()))
             rows = rows[np.isin(sequence[rows], known[order[:number]])][: self.row_limit]
-            notes.append(f"{len(rows):,} of {total:,} tokens were read")
+            notes.append(f"{len(rows):,} of {counted(total, 'token')} read")
         halves = [cosine for cosine in lens.made_of.get("split_half", []) if cosine is not None]
         if not halves:
             notes.append(f"J is of {lens.made_of.get('prompts', 1)} prompt: how well it is determined is unknown")
         elif min(halves) < 0.8:
-            notes.append(f"J of the even and the odd prompts differ (least cosine {min(halves):.2f}): fit more prompts")
+            notes.append(
+                f"J of the even and the odd prompts differ (least cosine {min(halves):z.2f}): fit more prompts"
+            )
         return rows, notes
 
     def _result(
@@ -264,7 +278,8 @@ class JacobianLens(LayerProbe):
         read = partial(read_lens, store, rows, layers=layers, **settings)
         (data, table), (plain, _) = read(translate=lens.translate), read()
         arrays = self._recalls(store, rows, data["top_id"].to_numpy(), plain["top_id"].to_numpy())
-        arrays |= {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
+        ends = [f"{name}{end}" for name in ("mean_kl", "mean_cross_entropy") for end in ("", "_low", "_high")]
+        arrays |= {f"logit_{name}": plain[name].to_numpy() for name in ends}
         arrays |= _fit_statistics(lens, layers) | {"prompts": lens.made_of.get("prompts", 0)}
         more = dataset(self.variables, arrays, {"layer": layers, "horizon": np.arange(1, self.horizons + 1)})
         data = data.assign(more.variables).isel(row=slice(0, self.detail))
@@ -275,14 +290,19 @@ class JacobianLens(LayerProbe):
         self, store: Store, rows: np.ndarray, top: Int[np.ndarray, "layer row k"], plain: Int[np.ndarray, "layer row k"]
     ) -> dict[str, Any]:
         order = np.random.default_rng(self.seed).permutation(len(rows))
-        values: dict[str, list[np.ndarray]] = {"recall": [], "logit_recall": [], "recall_shuffled": []}
+        document, names = store.tokens["document"].to_numpy()[rows], ("recall", "logit_recall", "recall_shuffled")
+        values: dict[str, list[np.ndarray]] = {f"{name}{end}": [] for name in names for end in ("", "_low", "_high")}
         for horizon in range(1, self.horizons + 1):
             target = tokens_at(store, horizon)[rows]
             known = target >= 0
             shuffled_target = target[order][known[order]]
-            values["recall"].append(_hits(top[:, known], target[known]))
-            values["logit_recall"].append(_hits(plain[:, known], target[known]))
-            values["recall_shuffled"].append(_hits(top[:, known], shuffled_target))
+            hits = [_hits(top[:, known], target[known]), _hits(plain[:, known], target[known])]
+            hits = np.stack([*hits, _hits(top[:, known], shuffled_target)])  # variable, layer, row
+            mean = hits.mean(2) if known.any() else np.full(hits.shape[:2], np.nan)
+            ends = clustered_ends(np.moveaxis(hits, 2, 0), document[known], seed=self.seed)
+            for end, part in zip(("", "_low", "_high"), (mean, *ends), strict=True):
+                for name, by_layer in zip(names, part, strict=True):
+                    values[f"{name}{end}"].append(by_layer)
         return {name: np.stack(parts, 1) for name, parts in values.items()}
 
     @staticmethod
@@ -307,12 +327,12 @@ class JacobianLens(LayerProbe):
         first = data.isel(layer=read[0])
         text = (
             f"Jacobian lens: {'; '.join(parts)}. KL(model ‖ lens) at layer {int(first['layer'])}: "
-            f"{float(first['mean_kl']):.2f} nats, logit lens {float(first['logit_mean_kl']):.2f}. J of "
-            f"{int(data['prompts'])} prompts"
+            f"{float(first['mean_kl']):z.2f} nats, logit lens {float(first['logit_mean_kl']):z.2f}. J of "
+            f"{counted(data['prompts'], 'prompt')}"
         )
         half = data["split_half"].to_numpy()
         if not np.isnan(half).all():
-            text += f", halves agree by a cosine of {np.nanmin(half):.2f} or more"
+            text += f", halves agree by a cosine of {np.nanmin(half):z.2f} or more"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -336,9 +356,8 @@ def _checked(folder: Path) -> TrainedLens:
     return lens
 
 
-def _hits(top: Int[np.ndarray, "layer row k"], target: Int[np.ndarray, " row"]) -> Float[np.ndarray, " layer"]:
-    hits: Bool[np.ndarray, "layer row"] = (top == target[:, None]).any(-1)
-    return hits.mean(1) if hits.shape[1] else np.full(len(hits), np.nan)
+def _hits(top: Int[np.ndarray, "layer row k"], target: Int[np.ndarray, " row"]) -> Bool[np.ndarray, "layer row"]:
+    return (top == target[:, None]).any(-1)
 
 
 def _fit_statistics(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarray]:
@@ -355,7 +374,7 @@ def _fit_statistics(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarra
 
 
 def _percent(value: Any) -> str:
-    return "not measured" if np.isnan(float(value)) else f"{100 * float(value):.0f} %"
+    return "not measured" if np.isnan(float(value)) else f"{100 * float(value):z.0f} %"
 
 
 def _recall(result: Result) -> Any:
@@ -365,27 +384,27 @@ def _recall(result: Result) -> Any:
     panels = []
     for horizon in horizons:
         at_horizon = data.sel(horizon=horizon)
+        named = (
+            ("Jacobian lens", "recall", CATEGORIES[0], "solid"),
+            ("logit lens", "logit_recall", CATEGORIES[1], "solid"),
+            ("Jacobian lens, other rows' tokens", "recall_shuffled", NEUTRAL, "dash"),
+        )
         curves = [
-            Curve("Jacobian lens", at_horizon["recall"].to_numpy(), CATEGORIES[0]),
-            Curve("logit lens", at_horizon["logit_recall"].to_numpy(), CATEGORIES[1]),
-            Curve("Jacobian lens, other rows' tokens", at_horizon["recall_shuffled"].to_numpy(), NEUTRAL, "dash"),
+            Curve(name, at_horizon[variable].to_numpy(), colour, dash, ends=recorded_ends(at_horizon, variable))
+            for name, variable, colour, dash in named
         ]
-        panels.append(Panel(f"{horizon} token{'s' * (horizon > 1)} on", curves))
+        panels.append(Panel(f"{counted(horizon, 'token')} on", curves))
     rows = [panels[:2], panels[2:]] if len(panels) == 4 else [panels]
     return layer_panels(
         rows,
         layers=layers,
         title=f"Later tokens in the top {k} of {label(str(result.provenance['model']), 60)}",
-        subtitle=f"{int(data['rows']):,} tokens; J is a mean over {int(data['prompts'])} prompts",
+        subtitle=f"{counted(data['rows'], 'token')}; J is a mean over {counted(data['prompts'], 'prompt')}"
+        + "; bands: 95 % intervals over documents" * (recorded_ends(data, "recall") is not None),
         unit=axis_title(data["recall"].attrs),
     )
 
 
 def _comparison(result: Result) -> Any:
-    data = result.data
-    return layer_curves(
-        {"Jacobian lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
-        layers=data["layer"].to_numpy().tolist(),
-        title=f"KL(model ‖ lens) of {label(str(result.provenance['model']), 60)}: {int(data['rows']):,} tokens",
-        unit=axis_title(data["mean_kl"].attrs),
-    )
+    names = {"mean_kl": "Jacobian lens", "logit_mean_kl": "logit lens"}
+    return mean_curves(result, names, title=f"KL(model ‖ lens) of {label(str(result.provenance['model']), 60)}")

@@ -37,6 +37,7 @@ from workbench.probing import (
     check,
     check_fields,
     control_task,
+    counted,
     dataset,
     fit_classes,
     fit_probe,
@@ -295,7 +296,7 @@ class LinearProbes(LayerProbe):
         best = data.isel(layer=int(np.nanargmin(data["validation_loss"].to_numpy())))
 
         def percent(name: str) -> str:
-            return f"{100 * float(best[name]):.0f} %"
+            return f"{100 * float(best[name]):z.0f} %"
 
         def points(name: str) -> str:
             return points_text(*(100 * float(best[name + end]) for end in ("", "_low", "_high")))
@@ -347,7 +348,7 @@ def _band(data: Any, name: str, legend: str, colour: str, dash: str = "solid") -
 def _figure(result: Result, bands: list[Band], measure: str, unit: str) -> Any:
     data = result.data
     name, model = label(data.attrs["label"], 40), model_label(result)
-    tested = f"{int(data['test_rows'].sum()):,} tokens of {int(data['test_documents']):,} test documents"
+    tested = f"{counted(int(data['test_rows'].sum()), 'token')} of {counted(data['test_documents'], 'test document')}"
     return layer_bands(
         bands,
         layers=data["layer"].to_numpy().tolist(),
@@ -361,8 +362,8 @@ def _by_layer(result: Result) -> Any:
     data = result.data
     bands = [
         _band(data, "accuracy", "linear probe", CATEGORIES[0]),
-        _band(data, "control_accuracy", "control task", CATEGORIES[1]),
-        _band(data, "shuffled_accuracy", "shuffled labels", CATEGORIES[2]),
+        _band(data, "control_accuracy", "control task", NEUTRAL, "dashdot"),
+        _band(data, "shuffled_accuracy", "shuffled labels", NEUTRAL, "longdash"),
         _band(data, "token_accuracy", "token identity", NEUTRAL, "dash"),
         _band(data, "majority_accuracy", "majority", NEUTRAL, "dot"),
     ]

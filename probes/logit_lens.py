@@ -25,6 +25,7 @@ from workbench.probing import (
     Store,
     Variable,
     check,
+    counted,
     lens_curves,
     lens_depth,
     lens_grid,
@@ -103,19 +104,19 @@ def _cross_entropy(data: xr.Dataset) -> str:
     loss, layers = data["mean_cross_entropy"].to_numpy(), data["layer"].to_numpy()
     if np.isnan(loss).all():
         return "Cross-entropy of the text not measured: no token has a next one"
-    text = f"Cross-entropy of the text: {loss[0]:.2f} nats at layer {layers[0]}"
+    text = f"Cross-entropy of the text: {loss[0]:z.2f} nats at layer {layers[0]}"
     if len(layers) > 1:
-        text += f", {loss[-1]:.2f} nats at layer {layers[-1]}"
+        text += f", {loss[-1]:z.2f} nats at layer {layers[-1]}"
     if "uniform_cross_entropy" not in data:  # results of earlier versions
         return text
     uniform = float(data["uniform_cross_entropy"])
     above = layers[loss >= uniform]
     where = f"up to layer {above[-1]}" if len(above) else "at no layer"
     if 0 < len(above) < len(layers) and len(above) <= np.flatnonzero(loss >= uniform)[-1]:
-        where = f"at {len(above)} of {len(layers)} layers, the last of them layer {above[-1]}"
+        where = f"at {len(above)} of {counted(len(layers), 'layer')}, the last of them layer {above[-1]}"
     elif len(above) == len(layers):
         where = "at every layer"
-    return f"{text}; at or above a uniform guess ({uniform:.2f} nats) {where}"
+    return f"{text}; at or above a uniform guess ({uniform:z.2f} nats) {where}"
 
 
 def _agreement(data: xr.Dataset) -> str:
@@ -131,6 +132,6 @@ def _agreement(data: xr.Dataset) -> str:
     best = int(agreement.argmax())
     before = "" if read.all() else " before the model's own output"
     return (
-        f"lens and model agree on the top token for at most {100 * agreement[best]:.0f} % of the tokens{before} "
+        f"lens and model agree on the top token for at most {100 * agreement[best]:z.0f} % of the tokens{before} "
         f"(layer {layers[best]})"
     )

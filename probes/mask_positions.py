@@ -40,6 +40,7 @@ from workbench.probing import (
     attention_scores,
     check_fields,
     colour_bar,
+    counted,
     dataset,
     label,
     layer_panels,
@@ -174,10 +175,10 @@ class MaskPositions(LayerProbe):
         text = (
             f"Non-relative share of the mean scores, without sinks: {_text(clean[0])} at layer {layers[0]}, most "
             f"{_text(clean[most])} at layer {layers[most]} (with sinks {_text(best['non_relative_share'])}, median "
-            f"head {_text(best['median_share_no_sinks'])}, slope on j / i {float(best['slope_no_sinks']):+.2f}, "
-            f"correlation with a mask without weights {float(best['simulated_correlation']):+.2f}); blocks without "
+            f"head {_text(best['median_share_no_sinks'])}, slope on j / i {float(best['slope_no_sinks']):+z.2f}, "
+            f"correlation with a mask without weights {float(best['simulated_correlation']):+z.2f}); blocks without "
             f"weights {_text(data['simulated_share'][1])} and {_text(data['simulated_share'][2])}. "
-            f"{int(data['sequences'])} sequences of {result.provenance['settings']['length']} tokens"
+            f"{counted(data['sequences'], 'sequence')} of {result.provenance['settings']['length']} tokens"
         )
         return with_note(f"{text}.", result)
 
@@ -188,7 +189,7 @@ class MaskPositions(LayerProbe):
 
 
 def _text(value: Any) -> str:
-    return "not defined" if np.isnan(float(value)) else f"{float(value):.2f}"
+    return "not defined" if np.isnan(float(value)) else f"{float(value):z.2f}"
 
 
 def _median(values: np.ndarray) -> float:
@@ -267,7 +268,8 @@ def _shares(result: Result) -> go.Figure:
         [[Panel("", shares)]],
         layers=data["layer"].to_numpy().tolist(),
         title=f"Scores that distance does not explain in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"{int(data['sequences']):,} sequences of {int(data['documents']):,} documents, by halves of these",
+        subtitle=f"{counted(data['sequences'], 'sequence')} of {counted(data['documents'], 'document')}, by "
+        "halves of these",
         unit="non-relative share of variance",
     )
 

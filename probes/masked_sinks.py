@@ -42,6 +42,8 @@ from workbench.probing import (
     change_effects,
     change_keys,
     check_fields,
+    colour_limits,
+    counted,
     dataset,
     head_grid,
     head_name,
@@ -167,7 +169,7 @@ class MaskedSinks(LayerProbe):
         arrays |= {"alpha": alpha, "at_first": at_first, "rows": len(finite.rows), "documents": documents}
         coords = {"kind": list(KINDS), "layer": received.layers, "head": np.arange(alpha.shape[1])}
         data = dataset(self.variables, arrays, coords)
-        few = f"intervals over {documents} documents" if documents < 10 else ""
+        few = f"intervals over {counted(documents, 'document')}" if documents < 10 else ""
         return self.result(store, data, _table(data), finite, [few, self.note_layers(store)])
 
     def _changes(
@@ -235,7 +237,7 @@ class MaskedSinks(LayerProbe):
         low, high = (float(data[f"loss_{end}"].sel(kind="sink")) for end in ("low", "high"))
         interval = interval_text(low, high) if np.isnan(low) else f"95 % CI [{low:z.3f}, {high:z.3f}]"
         text = (
-            f"Without any head's top key (position 0 in {100 * float(data['at_first'].mean()):.0f} % of cases) for "
+            f"Without any head's top key (position 0 in {100 * float(data['at_first'].mean()):z.0f} % of cases) for "
             f"queries from position {later} on, the loss changes by {loss['sink']:+z.3f} nats, {interval}; without "
             f"a random early key by {loss['random']:+z.3f}"
         )
@@ -249,7 +251,7 @@ class MaskedSinks(LayerProbe):
             effect = data["loss_head"].isel(layer=at[0], head=at[1])
             text += f"; most of single heads {head_name(int(data['layer'][at[0]]), int(at[1]))}, "
             text += f"{float(effect.sel(kind='sink')):+z.4f} (random {float(effect.sel(kind='random')):+z.4f})"
-        return with_note(f"{text} ({int(data['rows']):,} tokens).", result)
+        return with_note(f"{text} ({counted(data['rows'], 'token')}).", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -303,14 +305,15 @@ def _by_layer(result: Result) -> go.Figure:
         ("random", "random key", NEUTRAL),
     ):
         parts = [data[f"loss_layer{end}"].sel(kind=kind).to_numpy() for end in ("", "_low", "_high")]
-        bands.append(Band(name, parts[0], (parts[1], parts[2]), colour))
+        bands.append(Band(name, parts[0], (parts[1], parts[2]), colour, "dash" if kind == "random" else "solid"))
     later = result.provenance["settings"]["later"]
     return layer_bands(
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Loss without the sinks of one layer, {label(str(result.provenance['model']), 50)}",
         subtitle=f"hidden from queries at position {later} and later; all layers at once: "
-        f"{float(data['loss'].sel(kind='sink')):+z.3f} nats; 95 % intervals over {int(data['documents'])} documents",
+        f"{float(data['loss'].sel(kind='sink')):+z.3f} nats; 95 % intervals over "
+        f"{counted(data['documents'], 'document')}",
         unit="increase of the loss, nats",
     )
 
@@ -319,7 +322,7 @@ def _heads(result: Result) -> go.Figure:
     data = result.data
     alpha, first = data["alpha"].to_numpy(), data["at_first"].to_numpy()
     sink, random = (float(data["loss"].sel(kind=kind)) for kind in ("sink", "random"))
-    hover = [[f"position 0 in {100 * share:.0f} % of sequences" for share in line] for line in first]
+    hover = [[f"position 0 in {100 * share:z.0f} % of sequences" for share in line] for line in first]
     return head_grid(
         alpha,
         hover=hover,
@@ -328,4 +331,5 @@ def _heads(result: Result) -> go.Figure:
         subtitle="mean over the queries that see it; hidden from later ones, the loss changes by "
         f"{sink:+z.3f} nats (random key {random:+z.3f})",
         unit="attention",
+        limits=colour_limits(alpha),
     )

@@ -27,6 +27,7 @@ from workbench.probing import (
     CHANGES,
     LOST_VARIABLES,
     NEUTRAL,
+    Band,
     LayerProbe,
     MassivePlaces,
     MeasuredRows,
@@ -35,25 +36,28 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
-    ThemedFigure,
     Variable,
     change_effects,
     check_fields,
-    clustered_means,
+    clustered_ends,
+    colour_limits,
+    counted,
     dataset,
     find_massive,
     group_intervals,
     head_grid,
     head_name,
-    integer_step,
     intervals,
+    layer_bands,
     layers_of,
+    log_axis,
     massive_changes,
     mean_norms,
     model_label,
     plain_torch,
     predicting_rows,
     ratio,
+    recorded_ends,
     recorded_model,
     stack_heads,
     usable_device,
@@ -66,8 +70,10 @@ from workbench.probing import (
 _LAYER, _HEAD, _CHANGE = ("layer",), ("layer", "head"), ("change",)
 
 VARIABLES = (
-    Variable("top", ("layer", "rank"), "|h|", "largest, second and third |h| of a sequence, mean over sequences"),
-    Variable("median", _LAYER, "|h|", "median |h| of a sequence, mean over sequences"),
+    *with_interval(
+        Variable("top", ("layer", "rank"), "|h|", "largest, second and third |h| of a sequence, mean over sequences")
+    ),
+    *with_interval(Variable("median", _LAYER, "|h|", "median |h| of a sequence, mean over sequences")),
     Variable("largest", _LAYER, "|h|", "largest of all sequences"),
     *with_interval(Variable("massive", _LAYER, "share of sequences", "sequences with a massive activation", "0")),
     Variable("above_absolute", _LAYER, "share of sequences", "largest |h| above `absolute`", "0"),
@@ -180,8 +186,8 @@ class MassiveActivations(LayerProbe):
         at = int(np.lexsort((top, share))[-1])
         line = table.loc[table["layer"] == layers[at]].iloc[0]
         median = float(data["median"][at])
-        times = f", {top[at] / median:,.0f} times the median" if median > 1e-9 * top[at] else ""
-        size = f"{top[at]:,.0f}" if top[at] >= 100 else f"{top[at]:.3g}"
+        times = f", {top[at] / median:z,.0f} times the median" if median > 1e-9 * top[at] else ""
+        size = f"{top[at]:z,.0f}" if top[at] >= 100 else f"{top[at]:.3g}"
         place = f"dimension {int(line['dimension'])}, {line['position']} token {str(line['token'])!r}"
         if share[at] == 0:
             text = f"No massive activations: the largest |h| is {size} on average{times} (layer {layers[at]}, {place})"
@@ -189,18 +195,20 @@ class MassiveActivations(LayerProbe):
             span = _span(layers[share > 0])
             text = (
                 f"Massive activations at {span}: the largest of a sequence is {size} on average{times} (layer "
-                f"{layers[at]}, {place}), in {100 * share[at]:.0f} % of {data.attrs['sequences']} sequences and "
+                f"{layers[at]}, {place}), in {100 * share[at]:z.0f} % of "
+                f"{counted(data.attrs['sequences'], 'sequence')} and "
                 f"{100 * float(data['tokens'][at]):.2g} % of tokens"
             )
         if "value_norm_ratio" in data:
             text += (
-                f"; values of such tokens have {float(data['value_norm_ratio'].median()):.2f} times the norm of others"
+                f"; values of such tokens have {float(data['value_norm_ratio'].median()):z.2f} times the norm of others"
             )
         if "loss" in data:
             loss = {change: float(data["loss"].sel(change=change)) for change in ("none", *CHANGES)}
             text += (
-                f"; loss {loss['none']:.2f} nats, set to their mean {loss['mean']:.2f}, set to 0 {loss['zero']:.2f}, "
-                f"other dimensions of the same tokens set to 0 {loss['random']:.2f}"
+                f"; loss {loss['none']:z.2f} nats, set to their mean {loss['mean']:z.2f}, set to 0 "
+                f"{loss['zero']:z.2f}, "
+                f"other dimensions of the same tokens set to 0 {loss['random']:z.2f}"
             )
         return with_note(f"{text}.", result)
 
@@ -224,18 +232,21 @@ def _by_layer(
     for activations in by_layer.values():
         largest = activations.top[:, 0]
         absolute, rare = largest > probe.absolute, largest > probe.relative * activations.median
-        mean, resampled = clustered_means(
-            (absolute & rare)[:, None].astype(float), sequences.document, resamples=probe.resamples, seed=probe.seed
-        )
-        low, high = intervals(resampled)
+        massive, ranks = absolute & rare, activations.top.shape[1]
+        values = np.column_stack([activations.top, activations.median, massive])
+        low, high = clustered_ends(values, sequences.document, resamples=probe.resamples, seed=probe.seed)
         rows, first = np.unique(activations.row[activations.massive], return_index=True)
         line = {
             "top": activations.top.mean(0),
+            "top_low": low[:ranks],
+            "top_high": high[:ranks],
             "median": activations.median.mean(),
+            "median_low": low[ranks],
+            "median_high": high[ranks],
             "largest": largest.max(),
-            "massive": mean[0],
-            "massive_low": low[0],
-            "massive_high": high[0],
+            "massive": massive.mean(),
+            "massive_low": low[-1],
+            "massive_high": high[-1],
             "above_absolute": absolute.mean(),
             "above_ratio": rare.mean(),
             "tokens": len(rows) / sequences.lengths.sum(),
@@ -296,7 +307,7 @@ def _effect(
         low, high = intervals(resampled[..., 0, 0])
         parts = zip(("", "_low", "_high"), (mean[:, 0, 0], low, high), strict=True)
         arrays |= {f"{name}{end}": values if name == "loss" else np.append(0.0, values) for end, values in parts}
-    return arrays, f"effect of changes at the output of block {layer} on {len(ids):,} predictions"
+    return arrays, f"effect of changes at the output of block {layer} on {counted(len(ids), 'prediction')}"
 
 
 def _table(probe: MassiveActivations, store: Store, by_layer: Mapping[int, MassivePlaces]) -> pd.DataFrame:
@@ -333,28 +344,24 @@ def _table(probe: MassiveActivations, store: Store, by_layer: Mapping[int, Massi
 def _layers(result: Result) -> go.Figure:
     data = result.data
     layers = data["layer"].to_numpy()
-    lines: dict[str, tuple[Any, str, dict[str, str]]] = {
-        name: (data["top"][:, index], "lines+markers", {"color": CATEGORIES[index]})
-        for index, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
-    }
+    ends, median_ends = recorded_ends(data, "top"), recorded_ends(data, "median")
+    curves = [
+        Band(name, data["top"][:, rank].to_numpy(), ends and (ends[0][:, rank], ends[1][:, rank]), CATEGORIES[rank])
+        for rank, name in enumerate(("largest", "second", "third")[: data.sizes["rank"]])
+    ]
     median = np.where(data["median"] > 0, data["median"], np.nan)
-    lines["median"] = median, "lines", {"color": NEUTRAL, "dash": "dash"}
+    curves.append(Band("median", median, median_ends, NEUTRAL, "dash"))
     absolute = result.provenance["settings"]["absolute"]
-    text = f"|h| of block outputs, mean over {data.attrs['sequences']:,} sequences; dotted: |h| = {absolute:g}"
-    figure = ThemedFigure(
-        [
-            go.Scatter(x=layers, y=values, name=name, mode=mode, line=line, hovertemplate="layer %{x}: %{y:.4g}")
-            for name, (values, mode, line) in lines.items()
-        ],
-        {
-            "title": {"text": f"Largest activations of {model_label(result)}", "subtitle": {"text": text}},
-            "width": 760,
-            "height": 460,
-            "margin": {"t": 110},
-            "xaxis": {"title": {"text": "layer"}, "dtick": integer_step(layers.tolist())},
-            "yaxis": {"title": {"text": "|h|"}, "type": "log", "exponentformat": "power", "dtick": 1},
-        },
+    text = f"|h| of block outputs, mean over {counted(data.attrs['sequences'], 'sequence')}; dotted: |h| = {absolute:g}"
+    figure = layer_bands(
+        curves,
+        layers=layers.tolist(),
+        title=f"Largest activations of {model_label(result)}",
+        subtitle=f"{text}; bands: 95 % intervals over documents" if ends else text,
+        unit="|h|",
     )
+    figure.update_traces(hovertemplate="layer %{x}: %{y:.4g}", selector={"hoverinfo": None})
+    figure.update_yaxes(**log_axis(data["top"].to_numpy(), median, np.array([absolute], float)))
     if absolute > 0:
         figure.add_hline(y=absolute, line={"dash": "dot", "width": 1, "color": NEUTRAL})
     return figure
@@ -365,7 +372,7 @@ def _values(result: Result) -> go.Figure:
     layers, heads = data["layer"].to_numpy().tolist(), data["head"].to_numpy().tolist()
     values = data["value_norm_ratio"].to_numpy()
     hover = [
-        [f"<b>{head_name(layer, head)}</b><br>ratio {values[row, head]:.3f}" for head in heads]
+        [f"<b>{head_name(layer, head)}</b><br>ratio {values[row, head]:z.3f}" for head in heads]
         for row, layer in enumerate(layers)
     ]
     return head_grid(
@@ -375,7 +382,7 @@ def _values(result: Result) -> go.Figure:
         title=f"Value norm at massive tokens of {model_label(result)}",
         subtitle="mean L2 norm of values at tokens that enter the block massive, divided by that at others",
         unit="ratio",
-        limits=(0.0, max(1.0, float(np.nanmax(values)))),
+        limits=colour_limits(values),
     )
 
 
@@ -402,4 +409,8 @@ def _span(layers: np.ndarray) -> str:
     if len(layers) == 1:
         return f"layer {layers[0]}"
     whole = layers[-1] - layers[0] + 1 == len(layers)
-    return f"layers {layers[0]} to {layers[-1]}" if whole else f"{len(layers)} layers from {layers[0]} to {layers[-1]}"
+    return (
+        f"layers {layers[0]} to {layers[-1]}"
+        if whole
+        else f"{counted(len(layers), 'layer')} from {layers[0]} to {layers[-1]}"
+    )

@@ -24,6 +24,8 @@ from jaxtyping import Int64
 
 from workbench import load_result
 from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
     AblatedHeads,
     MeasuredRows,
     Model,
@@ -33,6 +35,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    counted,
     dataset,
     find_chains,
     find_places,
@@ -74,6 +77,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("plain_accuracy", ("group",), "share of tokens", "next tokens that the model as it is predicts"),
     Variable("tokens", ("group",), "tokens", "measured tokens"),
 )
+_SYMBOLS = ("circle", "diamond", "square", "cross")  # of groups of tokens: all controls are grey
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class HeadAblation(StoreProbe):
             VARIABLES, _arrays(ablated, list(sets), list(groups)), {"heads": list(sets), "group": list(groups)}
         )
         documents = len(np.unique(store.tokens["document"].to_numpy()[rows]))
-        data.attrs["note"] = f"intervals over {documents} documents" if documents < 10 else ""
+        data.attrs["note"] = f"intervals over {counted(documents, 'document')}" if documents < 10 else ""
         return Result(self.name, data, ablated.table, provenance(store, self))
 
     def _named(self) -> list[tuple[int, int]]:
@@ -215,10 +219,12 @@ class HeadAblation(StoreProbe):
             interval = interval_suffix(low, high)
             parts.append(
                 f"loss at {group} {float(at['loss']):+z.2f} nats{interval} (random heads "
-                f"{float(at['loss_random']):+z.2f}), accuracy {100 * float(at['plain_accuracy']):.0f} to "
-                f"{100 * float(at['plain_accuracy'] + at['accuracy']):.0f} %"
+                f"{float(at['loss_random']):+z.2f}), accuracy {100 * float(at['plain_accuracy']):z.0f} to "
+                f"{100 * float(at['plain_accuracy'] + at['accuracy']):z.0f} %"
             )
-        return with_note(f"Without {names}: {'; '.join(parts)} ({int(data['tokens'].sum()):,} tokens).", result)
+        return with_note(
+            f"Without {names}: {'; '.join(parts)} ({counted(int(data['tokens'].sum()), 'token')}).", result
+        )
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
@@ -262,11 +268,12 @@ def _arrays(ablated: AblatedHeads, heads: Sequence[str], groups: Sequence[str]) 
 def _figure(result: Result, name: str) -> go.Figure:
     data = result.data
     categories = [str(heads) for heads in data["heads"].to_numpy()]
-    groups = {}
+    groups, controls = {}, []
     for group in data["group"].to_numpy().tolist():
         for kind, end in (("named heads", ""), ("random heads", "_random")):
             parts = [data[f"{name}{end}{bound}"].sel(group=group).to_numpy() for bound in ("", "_low", "_high")]
             groups[f"{label(str(group), 24)}, {kind}"] = np.stack(parts)
+        controls.append(f"{label(str(group), 24)}, random heads")
     titles = {"loss": "Increase of the loss", "accuracy": "Change of the accuracy"}
     draws = result.provenance["settings"]["controls_drawn"]
     figure = group_intervals(
@@ -274,7 +281,11 @@ def _figure(result: Result, name: str) -> go.Figure:
         categories=categories,
         hover="%{x}",
         title=f"{titles[name]} without these heads, {label(str(result.provenance['model']), 50)}",
-        subtitle=f"random heads: mean of {draws} draws of the same layers; 95 % intervals over documents",
+        subtitle=f"random heads: mean of {counted(draws, 'draw')} of the same layers; 95 % intervals over documents",
     )
+    points: Any
+    for number, points in enumerate(figure.data):
+        marker = {"symbol": _SYMBOLS[number // 2 % len(_SYMBOLS)], "color": CATEGORIES[number // 2 % len(CATEGORIES)]}
+        points.update(marker=marker | ({"color": NEUTRAL} if points.name in controls else {}))
     figure.update_xaxes(title="ablated heads")
     return figure.update_yaxes(title=_MEASURED[name], rangemode="normal")

@@ -34,12 +34,14 @@ from workbench.probing import (
     ThemedFigure,
     Variable,
     check_fields,
+    counted,
     dataset,
     extreme_tokens,
     integer_step,
     label,
     layer_neurons,
     load_unembed,
+    log_axis,
     mlp_outputs,
     model_label,
     neuron_activity,
@@ -182,7 +184,7 @@ class Neurons(LayerProbe):
             )
         text = "; ".join(parts)
         dead = 100 * float(data["dead"].mean())
-        text = f"{text[0].upper()}{text[1:]}; {dead:.2g} % active at none of {int(data['rows']):,} tokens."
+        text = f"{text[0].upper()}{text[1:]}; {dead:.2g} % active at none of {counted(data['rows'], 'token')}."
         return with_note(text, result)
 
     @staticmethod
@@ -271,7 +273,7 @@ def _layers(result: Result) -> go.Figure:
             "text": f"Neurons of {model_label(result)}",
             "subtitle": {
                 "text": f"share of neurons of each layer; of random directions at most {chance:.2g}; dead: active at "
-                f"none of {int(data['rows']):,} tokens"
+                f"none of {counted(data['rows'], 'token')}"
             },
         },
         width=760,
@@ -306,7 +308,7 @@ def _neurons(result: Result) -> go.Figure:
         margin={"t": 110},
     )
     figure.update_xaxes(title="skew")
-    return figure.update_yaxes(title="kurtosis", type="log")
+    return figure.update_yaxes(title="kurtosis", **log_axis(table["kurtosis"].to_numpy(float), np.array([_KURTOSIS])))
 
 
 def _hover(line: Mapping[str, Any]) -> str:

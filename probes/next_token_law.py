@@ -38,6 +38,7 @@ from workbench.probing import (
     central,
     check,
     check_fields,
+    counted,
     dataset,
     document_folds,
     final_norm,
@@ -153,7 +154,7 @@ class NextTokenLaw(LayerProbe):
         arrays |= {"rows": len(targets), "documents": number}
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, {"layer": layers})
         names = [name for name in data if data[name].dims == _LAYER]
-        few = f"held-out residuals over {number} document{'s' * (number > 1)}" if number < 2 * self.folds else ""
+        few = f"held-out residuals over {counted(number, 'document')}" if number < 2 * self.folds else ""
         exact = bool((data["residual"] <= _EXACT).any())
         flat = "no slope: a layer leaves nothing, which has no logarithm" if exact else ""
         flat = flat or ("" if len(layers) > 2 else "slope of fewer than three layers")
@@ -165,17 +166,17 @@ class NextTokenLaw(LayerProbe):
         data, layers = result.data, result.data["layer"].to_numpy()
         ends = {name: data[name].to_numpy()[[0, -1]] for name in ("residual", "residual_heldout", "residual_shuffled")}
         low, high = (10 ** float(data[name]) for name in ("slope_low", "slope_high"))
-        shuffled = f"shuffled ids {ends['residual_shuffled'][0]:.2f} and {ends['residual_shuffled'][1]:.2f}"
+        shuffled = f"shuffled ids {ends['residual_shuffled'][0]:z.2f} and {ends['residual_shuffled'][1]:z.2f}"
         held_out = ends["residual_heldout"]
-        beside = "none held out" if np.isnan(held_out).any() else f"held out {held_out[0]:.2f} and {held_out[1]:.2f}"
+        beside = "none held out" if np.isnan(held_out).any() else f"held out {held_out[0]:z.2f} and {held_out[1]:z.2f}"
         text = "; ".join(
             [
-                f"Residual of a linear map to the next token's id: {ends['residual'][0]:.2f} at layer {layers[0]}"
-                + (f", {ends['residual'][1]:.2f} at layer {layers[-1]}" if len(layers) > 1 else "")
+                f"Residual of a linear map to the next token's id: {ends['residual'][0]:z.2f} at layer {layers[0]}"
+                + (f", {ends['residual'][1]:z.2f} at layer {layers[-1]}" if len(layers) > 1 else "")
                 + f" ({beside})",
                 *_line_text(data, "", " a layer" + interval_suffix(low, high, ".3f")),
                 ", ".join([shuffled, *_line_text(data, "_shuffled")]),
-                f"noise alone {float(data['noise']):.2f}",
+                f"noise alone {float(data['noise']):z.2f}",
             ]
         )
         return with_note(f"{text}.", result)
@@ -193,8 +194,9 @@ def _check_rows(probe: NextTokenLaw, targets: Int[np.ndarray, " row"], d_model: 
     needed = probe.rows_per_dimension * d_model
     if len(targets) < max(needed, d_model + 2):
         raise RequestError(
-            f"{len(targets):,} tokens are too few for maps of {d_model} dimensions, which need {needed:,}; record more "
-            f"or lower rows_per_dimension (then read residual_heldout)"
+            f"{counted(len(targets), 'token')} are too few for maps of {d_model} dimensions, which need "
+            f"{needed:,}; record more "
+            "or lower rows_per_dimension (then read residual_heldout)"
         )
     if (targets == targets[0]).all():
         raise RequestError("all target ids are equal; select other tokens by where")
@@ -205,7 +207,7 @@ def _line_text(data: xr.Dataset, end: str, more: str = "") -> list[str]:
     factor, pearson = 10 ** float(data[f"slope{end}"]), float(data[f"pearson{end}"])
     if np.isnan(factor):
         return []
-    return [f"factor {factor:.3f}{more}" + ("" if np.isnan(pearson) else f", Pearson {pearson:.2f}")]
+    return [f"factor {factor:z.3f}{more}" + ("" if np.isnan(pearson) else f", Pearson {pearson:z.2f}")]
 
 
 def _targets(probe: NextTokenLaw, targets: Int[np.ndarray, " row"], vocab: int) -> Float[np.ndarray, "row target"]:
@@ -287,11 +289,11 @@ def _law(result: Result) -> go.Figure:
     figure = ThemedFigure(go.Scatter(band, mode="lines", fillcolor="rgba(154,161,173,0.3)", name="95 % of shuffles"))
     curves = {"next token": "residual", "held out": "residual_heldout", "shuffled ids": "residual_shuffled"}
     for name, variable in curves.items():
-        style = {"color": NEUTRAL} if name == "shuffled ids" else {}
+        style = {"color": NEUTRAL, "dash": "dash"} if name == "shuffled ids" else {}
         figure.add_scatter(x=layers, y=data[variable], name=name, mode="lines+markers", line=style)
     figure.update_traces(hovertemplate="layer %{x}: %{y:.4f}")
     lines = [*_line_text(data, "", " a layer"), *(f"shuffled ids {text}" for text in _line_text(data, "_shuffled"))]
-    text = "; ".join([*lines, f"{int(data['rows']):,} tokens"])
+    text = "; ".join([*lines, f"{counted(data['rows'], 'token')}"])
     title = f"Law of next-token prediction in {label(str(result.provenance['model']), 60)}"
     figure.update_layout(
         title={"text": title, "subtitle": {"text": text}},

@@ -40,11 +40,13 @@ from workbench.probing import (
     capture,
     check,
     check_fields,
+    counted,
     dataset,
     in_dtype,
     label,
     layers_of,
     load_unembed,
+    log_axis,
     plain_torch,
     progress,
     recorded_model,
@@ -158,7 +160,8 @@ class OverSquashing(StoreProbe):
         checked = self.finite_rows(store, patterns, rows)
         if not patterns:
             notes.append(
-                f"rollout not computed: it needs pattern at every layer, and sequences of {self.rollout} tokens"
+                "rollout not computed: it needs pattern at every layer, and sequences of "
+                f"{counted(self.rollout, 'token')}"
             )
         else:
             arrays["rollout"] = _rollout(store, patterns, rows[~np.isin(rows, checked.left_out).any(1)])
@@ -180,13 +183,16 @@ class OverSquashing(StoreProbe):
                 cell = data.sel(dtype=dtype, kind=kind)
                 below = cell["below_floor"].to_numpy() > 0.5
                 stays = below[::-1].cumprod()[::-1].astype(bool)
-                onset = f"from {int(cell['length'][stays.argmax()])} tokens on" if stays.any() else "at no length"
-                texts.append(f"{kind} {onset} ({float(cell['final_inf'][-1]):.2g} at {length})")
-            parts.append(f"{dtype}: {', '.join(texts)}")
-        text = f"Inputs with one more repetition differ by less than the number format's spacing, {'; '.join(parts)}"
+                onset = f"from {counted(cell['length'][stays.argmax()], 'token')} on" if stays.any() else "at no length"
+                texts.append(f"for {kind} inputs {onset} (distance {float(cell['final_inf'][-1]):.2g})")
+            parts.append(f"in {dtype}: {', '.join(texts)}")
+        text = (
+            "Two inputs that differ by one repetition of the last token have last states closer than the spacing of "
+            f"the number format, {'; '.join(parts)}. Distances are those at {counted(length, 'token')}"
+        )
         if "rollout" in data:
             first, uniform = (float(data[name][0]) for name in ("rollout", "uniform_rollout"))
-            text += f". By attention alone the first token has {first:.2f} of the influence (uniform: {uniform:.2f})"
+            text += f". By attention alone the first token has {first:z.2f} of the influence (uniform: {uniform:z.2f})"
         return with_note(f"{text}.", result)
 
     @staticmethod
@@ -393,7 +399,7 @@ def _distance(result: Result) -> Any:
         width=900,
     )
     figure.update_xaxes(title="tokens of the input", type="log", dtick=np.log10(2))
-    return figure.update_yaxes(title="distance", type="log", exponentformat="power")
+    return figure.update_yaxes(title="distance", **log_axis(data["final_inf"].to_numpy(), data["floor"].to_numpy()))
 
 
 def _rollout_figure(result: Result) -> Any:
@@ -411,4 +417,6 @@ def _rollout_figure(result: Result) -> Any:
         width=760,
     )
     figure.update_xaxes(title="position")
-    return figure.update_yaxes(title="share of influence", type="log", exponentformat="power")
+    return figure.update_yaxes(
+        title="share of influence", **log_axis(*(data[name].to_numpy() for name in ("rollout", "uniform_rollout")))
+    )

@@ -39,6 +39,7 @@ from workbench.probing import (
     StoreProbe,
     Variable,
     check_fields,
+    counted,
     dataset,
     head_name,
     interval_suffix,
@@ -155,9 +156,13 @@ class PathPatching(StoreProbe):
         )
         runs, used = paths.runs, paths.runs.used
         if not used.any():
-            raise RequestError(f"none of {len(pairs)} pairs can be used: the model does not give both right answers")
+            raise RequestError(
+                f"none of {counted(len(pairs), 'pair')} can be used: the model does not give both right answers"
+            )
         if unused := int((~used).sum()):
-            notes.append(f"{unused} of {len(pairs)} pairs left out: the model does not give both right answers")
+            notes.append(
+                f"{unused} of {counted(len(pairs), 'pair')} left out: the model does not give both right answers"
+            )
         if self.at != "all" and self.at not in runs.pairs.places:
             raise RequestError(f"at {self.at!r} is no label; known are all, {', '.join(runs.pairs.places)}")
         effects, layers = self._sweep(paths)
@@ -206,10 +211,10 @@ class PathPatching(StoreProbe):
             at = data.sel(layer=layer, place=place)
             share, low, high = (100 * float(at[f"{direction}{end}"]) for end in ("", "_low", "_high"))
             interval = interval_suffix(low, high, ".0f")
-            parts.append(f"{direction} {share:.0f} % of the gap from {head_name(layer, int(place[1:]))}{interval}")
+            parts.append(f"{direction} {share:z.0f} % of the gap from {head_name(layer, int(place[1:]))}{interval}")
         gap, units = float(data["gap"]), data.attrs["metric_units"]
-        text = f"Strongest path to {_aims(result)}: {'; '.join(parts)}; mean gap {gap:.2f} {units}"
-        return with_note(f"{text}, {data.attrs['pairs']} pairs.", result)
+        text = f"Strongest path to {_aims(result)}: {'; '.join(parts)}; mean gap {gap:z.2f} {units}"
+        return with_note(f"{text}, {counted(data.attrs['pairs'], 'pair')}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:

@@ -36,7 +36,9 @@ from workbench.probing import (
     axis_title,
     check_fields,
     clustered_means,
+    colour_limits,
     conditional_excess,
+    counted,
     dataset,
     head_grid,
     head_hover,
@@ -145,7 +147,7 @@ class RelativeContextualization(LayerProbe):
         arrays["sequences"] = len(texts)
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         documents = len({part.document for part in texts})
-        few = f"intervals over {documents} document{'s' * (documents != 1)}, fewer than 10" * (documents < 10)
+        few = f"intervals over {counted(documents, 'document')}, fewer than 10" * (documents < 10)
         single = "rc_other not computed: it needs two sequences" * (len(texts) < 2)
         return self.result(store, data, _table(data), rows, [few, single])
 
@@ -154,22 +156,23 @@ class RelativeContextualization(LayerProbe):
         """Returns the head with the most rc beside its control, and the tokens with the most attribution."""
         data, best = result.data, result.table.iloc[0]
         interval = interval_suffix(best["rc_low"], best["rc_high"])
-        control = "" if np.isnan(best["rc_other"]) else f", other prompts {best['rc_other']:.2f}"
+        control = "" if np.isnan(best["rc_other"]) else f", other prompts {best['rc_other']:z.2f}"
         text = (
-            f"Most relative contextualization: {head_name(int(best['layer']), int(best['head']))}, {best['rc']:.2f} in "
-            f"units of its scores{interval}{control}, marginal {best['rc_marginal']:.2f}; {int(data['sequences'])} "
+            f"Most relative contextualization: {head_name(int(best['layer']), int(best['head']))}, "
+            f"{best['rc']:z.2f} in "
+            f"units of its scores{interval}{control}, marginal {best['rc_marginal']:z.2f}; {int(data['sequences'])} "
             "sequences"
         )
         if not bool(result.table["excess"].isna().all()):
             beyond = result.table.loc[result.table["excess"].idxmax()]
             text += (
                 f". Most beyond other prompts: {head_name(int(beyond['layer']), int(beyond['head']))}, "
-                f"{beyond['rc']:.2f} and {beyond['rc_other']:.2f}"
+                f"{beyond['rc']:z.2f} and {beyond['rc_other']:z.2f}"
             )
         if data.sizes.get("token"):
             values = data["attribution"].to_numpy()
             most = np.argsort(-np.nan_to_num(values, nan=-1), kind="stable")[:3]
-            named = ", ".join(f"{str(data['text'].to_numpy()[index])!r} {values[index]:.2f}" for index in most)
+            named = ", ".join(f"{str(data['text'].to_numpy()[index])!r} {values[index]:z.2f}" for index in most)
             text += f". Tokens with the most attribution: {named}"
         return with_note(f"{text}.", result)
 
@@ -330,9 +333,9 @@ def _heads(result: Result) -> Any:
         hover=[[hover(layer, head) for head in data["head"].to_numpy().tolist()] for layer in layers],
         layers=layers,
         title=f"Relative contextualization in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"excess of the prompt's scores over newer ones; {int(data['sequences']):,} sequences",
+        subtitle=f"excess of the prompt's scores over newer ones; {counted(data['sequences'], 'sequence')}",
         unit="score",
-        limits=(0.0, float(np.nanmax(values)) or 1.0),
+        limits=colour_limits(values),
     )
 
 
@@ -345,6 +348,7 @@ def _tokens(result: Result) -> Any:
         tokens=[str(text) for text in data["text"].to_numpy()[rows]],
         positions=data["place"].to_numpy()[rows].tolist(),
         title=f"Attribution of a prompt's tokens in {label(str(result.provenance['model']), 60)}",
-        subtitle=f"mean over the {result.provenance['settings']['heads']} heads with the most rc; white: a sink",
+        subtitle=f"mean over the {counted(result.provenance['settings']['heads'], 'head')} with the largest relative "
+        "contextualization; white: a sink",
         unit=axis_title(data["attribution"].attrs),
     )

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, ClassVar
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
+import xarray as xr
 from jaxtyping import Float, Int64
 
 from workbench.probing import (
@@ -34,18 +37,20 @@ from workbench.probing import (
     Store,
     Variable,
     check_fields,
+    clustered_ends,
     clustered_means,
+    counted,
     dataset,
     first_token,
     interval_suffix,
     intervals,
     label,
     layer_bands,
-    layer_curves,
     model_label,
     plain_torch,
     random_states,
     read_states,
+    recorded_ends,
     recorded_model,
     target_prompt,
     with_interval,
@@ -69,8 +74,10 @@ VARIABLES = (
     Variable(
         "crossing", ("condition", "sentences"), "layer", "first layer from which overwrite stays above 0; NaN: none"
     ),
-    Variable("reading", _CELL, "nats", "ln P(other word) - ln P(own) after the patchscope's prompt, by layer"),
-    Variable("reading_random", ("layer",), "nats", "the same for random states of equal norm"),
+    *with_interval(
+        Variable("reading", _CELL, "nats", "ln P(other word) - ln P(own) after the patchscope's prompt, by layer")
+    ),
+    *with_interval(Variable("reading_random", ("layer",), "nats", "the same for random states of equal norm")),
     Variable("texts", ("condition", "sentences"), "texts", "texts of each kind"),
 )
 
@@ -179,8 +186,11 @@ class RepresentationHijacking(LayerProbe):
                 lines.append((log[:, original_token] - log[:, token]).numpy())
         values = np.full((len(rows), len(labels)), np.nan)
         values[members] = np.stack(parts, 1)
-        reading = _cells("reading", cells, values, counts, 1, self.seed)["reading"]
-        return {"reading": reading, "reading_random": np.mean(random, 1)}
+        by_text = np.stack(random, 1)
+        low, high = clustered_ends(by_text, members, resamples=self.resamples, seed=self.seed)
+        readings = _cells("reading", cells, values, counts, self.resamples, self.seed)
+        readings |= {"reading_random": by_text.mean(0), "reading_random_low": low, "reading_random_high": high}
+        return readings
 
     @staticmethod
     def headline(result: Result) -> str:
@@ -192,57 +202,84 @@ class RepresentationHijacking(LayerProbe):
         low, high = (float(at[f"overwrite_{end}"][layer]) for end in ("low", "high"))
         interval = interval_suffix(low, high)
         controls = ", ".join(
-            f"{name} {float(data['overwrite'].sel(condition=name)[layer]):.2f}" for name in CONDITIONS[1:]
+            f"{name} {float(data['overwrite'].sel(condition=name)[layer]):z.2f}" for name in CONDITIONS[1:]
         )
         crossing = float(at["crossing"])
         where = (
-            "no layer from which it stays above 0" if np.isnan(crossing) else f"above 0 from layer {crossing:.0f} on"
+            "no layer from which it stays above 0" if np.isnan(crossing) else f"above 0 from layer {crossing:z.0f} on"
         )
         text = (
-            f"{data.attrs['word']!r} in {number} sentences of {data.attrs['original']!r}: largest overwrite "
-            f"{float(at['overwrite'][layer]):.2f} at layer {int(data['layer'][layer])}{interval} ({controls}); {where}"
+            f"{data.attrs['word']!r} in {counted(number, 'sentence')} of {data.attrs['original']!r}: largest overwrite "
+            f"{float(at['overwrite'][layer]):z.2f} at layer {int(data['layer'][layer])}{interval} ({controls}); {where}"
         )
         if "reading" in data:
             ratio = float(at["reading"][layer])
             text += (
-                f"; patchscope there: ln P ratio {ratio:.1f} (random state {float(data['reading_random'][layer]):.1f})"
+                f"; patchscope there: ln P ratio {ratio:z.1f} (random state "
+                f"{float(data['reading_random'][layer]):z.1f})"
             )
         return with_note(f"{text}.", result)
 
     @staticmethod
     def figures(result: Result) -> dict[str, Any]:
         """Returns "overwrite" by layer and condition, "sentences", the same by their number, and "reading"."""
-        data, layers = result.data, result.data["layer"].to_numpy().tolist()
-        last = data.isel(sentences=-1)
-        words = f"{label(data.attrs['word'], 20)} for {label(data.attrs['original'], 20)}"
-        bands = []
-        for name, colour in zip(CONDITIONS, (*CATEGORIES[:3], NEUTRAL), strict=True):
-            parts = [last[f"overwrite{end}"].sel(condition=name).to_numpy() for end in ("", "_low", "_high")]
-            bands.append(
-                Band(_TITLES[name], parts[0], (parts[1], parts[2]), colour, "dash" if name == "shuffled" else "solid")
-            )
-        model = model_label(result, 40)
+        last = result.data.isel(sentences=-1)
         figures = {
-            "overwrite": layer_bands(
-                bands,
-                layers=layers,
-                title=f"Is the word read as the other one? {words}, {model}",
-                subtitle=f"{int(last['sentences'])} sentences; 95 % intervals over {int(last['texts'].max())} texts",
-                unit="overwrite: cosine with the other word less its own",
+            "overwrite": _drawn(
+                result,
+                _of_conditions(last, "overwrite"),
+                "Is the word read as the other one?",
+                f"{counted(last['sentences'], 'sentence')}; 95 % intervals over "
+                f"{counted(last['texts'].max(), 'text')} of each condition",
+                "overwrite: cosine with the other word less its own",
             )
         }
-        if data.sizes["sentences"] > 1:
-            values = data["overwrite"].sel(condition="substituted").to_numpy()
-            counts = data["sentences"].to_numpy().tolist()
-            curves = {f"{n} sentence{'s' * (n > 1)}": line for n, line in zip(counts, values, strict=True)}
-            title = f"Overwrite by number of sentences, {words}, {model}"
-            figures["sentences"] = layer_curves(curves, layers=layers, title=title, unit="overwrite")
-        if "reading" in data:
-            curves = {_TITLES[name]: last["reading"].sel(condition=name).to_numpy() for name in CONDITIONS}
-            curves["random state"] = data["reading_random"].to_numpy()
-            title = f"Patchscope: what the model reads, {words}, {model}"
-            figures["reading"] = layer_curves(curves, layers=layers, title=title, unit="ln P(other) - ln P(own), nats")
+        if result.data.sizes["sentences"] > 1:
+            figures["sentences"] = _by_sentences(result)
+        if "reading" in last:
+            bands = _of_conditions(last, "reading")
+            random = last["reading_random"].to_numpy()
+            bands.append(Band("random state", random, recorded_ends(last, "reading_random"), NEUTRAL, "dot"))
+            texts = f"{counted(last['texts'].max(), 'text')} of each condition"
+            subtitle = f"{counted(last['sentences'], 'sentence')}; {texts}"
+            subtitle += "; bands: 95 % intervals over texts" * (recorded_ends(last, "reading") is not None)
+            title, unit = "Patchscope: what the model reads", "ln P(other) - ln P(own), nats"
+            figures["reading"] = _drawn(result, bands, title, subtitle, unit)
         return figures
+
+
+def _of_conditions(last: xr.Dataset, variable: str) -> list[Band]:
+    """Curves of all conditions, each in one colour in all figures; the control is grey."""
+    bands = []
+    for name, colour in zip(CONDITIONS, (*CATEGORIES[:3], NEUTRAL), strict=True):
+        at, dash = last.sel(condition=name), "dash" if name == "shuffled" else "solid"
+        bands.append(Band(_TITLES[name], at[variable].to_numpy(), recorded_ends(at, variable), colour, dash))
+    return bands
+
+
+def _by_sentences(result: Result) -> go.Figure:
+    at = result.data.sel(condition="substituted")
+    numbers = at["sentences"].to_numpy().tolist()
+    bands = []
+    for number, colour in zip(numbers, cycle(CATEGORIES), strict=False):
+        part, name = at.sel(sentences=number), counted(number, "sentence")
+        bands.append(Band(name, part["overwrite"].to_numpy(), recorded_ends(part, "overwrite"), colour))
+    texts = ", ".join(f"{int(number):,}" for number in dict.fromkeys(at["texts"].to_numpy().tolist()))
+    subtitle = f"{texts} texts of each number; bands: 95 % intervals over texts"
+    return _drawn(result, bands, "Overwrite by number of sentences", subtitle, "overwrite")
+
+
+def _drawn(result: Result, bands: Sequence[Band], title: str, subtitle: str, unit: str) -> go.Figure:
+    """Curves over layers, with the words and the model in the title."""
+    data, comma = result.data, "" if title.endswith("?") else ","
+    words = f"{label(data.attrs['word'], 20)} for {label(data.attrs['original'], 20)}"
+    return layer_bands(
+        bands,
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"{title}{comma} {words}, {model_label(result, 40)}",
+        subtitle=subtitle,
+        unit=unit,
+    )
 
 
 def _targets(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

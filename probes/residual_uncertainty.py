@@ -32,14 +32,14 @@ from workbench.probing import (
     RequestError,
     Result,
     Store,
-    ThemedFigure,
     Variable,
     axis_title,
     blocks,
     check_fields,
     clustered_auc,
+    clustered_ends,
+    counted,
     dataset,
-    integer_step,
     interval_suffix,
     intervals,
     label,
@@ -47,6 +47,7 @@ from workbench.probing import (
     load_unembed,
     next_tokens,
     plain_torch,
+    recorded_ends,
     require_causal,
     selected_rows,
     usable_device,
@@ -60,8 +61,12 @@ _FEW = 10
 _AUC = "area under the ROC curve"
 _VARIABLES: tuple[Variable, ...] = (
     Variable("cross_entropy", _LAYER, "nats", "mean -log p_l(y), y the model's own top-1 token", "ln(vocab)"),
-    Variable("cross_entropy_right", _LAYER, "nats", "the same over tokens that the model predicts right"),
-    Variable("cross_entropy_wrong", _LAYER, "nats", "the same over tokens that the model predicts wrongly"),
+    *with_interval(
+        Variable("cross_entropy_right", _LAYER, "nats", "the same over tokens that the model predicts right")
+    ),
+    *with_interval(
+        Variable("cross_entropy_wrong", _LAYER, "nats", "the same over tokens that the model predicts wrongly")
+    ),
     Variable(
         "rising", _LAYER, "share of tokens", "tokens whose cross-entropy is larger than at the layer before", "0.5"
     ),
@@ -131,6 +136,10 @@ class ResidualUncertainty(LayerProbe):
         known = right >= 0
         arrays: dict[str, Any] = _means(surprise, right)
         documents = store.tokens["document"].to_numpy()[rows.rows]
+        for name, group in (("right", right == 1), ("wrong", right == 0)):
+            resampling = {"resamples": self.resamples, "seed": self.seed}
+            low, high = clustered_ends(surprise[:, group].T, documents[group], **resampling)
+            arrays |= {f"cross_entropy_{name}_low": low, f"cross_entropy_{name}_high": high}
         scores = np.concatenate([surprise, [area, settled]])[:, known]
         arrays |= _detectors(self, scores, right[known] == 0, documents[known])
         detail = slice(0, self.detail)
@@ -139,9 +148,10 @@ class ResidualUncertainty(LayerProbe):
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         table = _table(data, store)
         number = len(np.unique(documents[known]))
-        few = f"intervals over {number} document{'s' * (number != 1)}, fewer than 10" if number < _FEW else ""
+        few = f"intervals over {counted(number, 'document')}, fewer than 10" if number < _FEW else ""
         rare = min(int((right == 0).sum()), int((right == 1).sum()))
-        rare_note = f"only {rare} tokens are of the rarer kind, right or wrong: AUCs are uncertain" * (rare < 10 * _FEW)
+        rare_note = f"only {counted(rare, 'token')} of the rarer kind, right or wrong: AUCs are uncertain"
+        rare_note = rare_note if rare < 10 * _FEW else ""
         return self.result(store, data, table, rows, [few, rare_note])
 
     @staticmethod
@@ -150,22 +160,22 @@ class ResidualUncertainty(LayerProbe):
         data, layers = result.data, result.data["layer"].to_numpy()
         loss = data["cross_entropy"].to_numpy()
         text = (
-            f"Residual cross-entropy: {loss[0]:.2f} nats at layer {layers[0]}, {loss[-1]:.2f} at layer {layers[-1]}; "
-            f"it falls at every layer on {100 * float(data['falling_share']):.0f} % of tokens. "
+            f"Residual cross-entropy: {loss[0]:z.2f} nats at layer {layers[0]}, {loss[-1]:z.2f} at layer {layers[-1]}; "
+            f"it falls at every layer on {100 * float(data['falling_share']):z.0f} % of tokens. "
         )
         wrong, output_auc = 100 * float(data["wrong_share"]), float(data["output_auc"])
         if np.isnan(output_auc):
-            reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:.0f} % of the tokens"
+            reason = "no token has a next one" if np.isnan(wrong) else f"the model errs on {wrong:z.0f} % of the tokens"
             return with_note(f"{text}Detectors of errors not compared: {reason}.", result)
-        text += f"The model errs on {wrong:.0f} %; AUC of detectors: own output {output_auc:.3f}"
+        text += f"The model errs on {wrong:z.0f} %; AUC of detectors: own output {output_auc:z.3f}"
         for name in data["statistic"].to_numpy().tolist():
             detector = data.sel(statistic=name)
             interval = _interval(*(float(detector[f"depth_gain{end}"]) for end in ("", "_low", "_high")))
-            text += f", {name.replace('_', ' ')} {float(detector['depth_auc']):.3f} ({interval})"
+            text += f", {name.replace('_', ' ')} {float(detector['depth_auc']):z.3f} ({interval})"
         earlier = data.isel(layer=slice(0, -1))
         best = earlier.isel(layer=int(np.nan_to_num(earlier["auc"].to_numpy(), nan=-1).argmax()))
         interval = _interval(*(float(best[f"auc_gain{end}"]) for end in ("", "_low", "_high")))
-        text += f", best earlier layer {int(best['layer'])} {float(best['auc']):.3f} ({interval})"
+        text += f", best earlier layer {int(best['layer'])} {float(best['auc']):z.3f} ({interval})"
         gained = [
             ((part[f"{name}_low"] > 0.5) & (part[f"{gain}_low"] > 0)).any().item()
             for part, name, gain in ((data, "depth_auc", "depth_gain"), (earlier, "auc", "auc_gain"))
@@ -258,26 +268,23 @@ def _table(data: Any, store: Store) -> pd.DataFrame:
 
 
 def _trajectory(result: Result) -> go.Figure:
-    data, layers = result.data, result.data["layer"].to_numpy()
-    share = 100 * float(data["wrong_share"])
+    data, share = result.data, 100 * float(result.data["wrong_share"])
     curves = {"predicted right": "cross_entropy_right", "predicted wrongly": "cross_entropy_wrong"}
-    lines = [
-        go.Scatter(x=layers, y=data[variable], name=name, mode="lines+markers") for name, variable in curves.items()
+    bands = [
+        Band(name, data[variable].to_numpy(), recorded_ends(data, variable), colour)
+        for (name, variable), colour in zip(curves.items(), CATEGORIES, strict=False)
     ]
-    figure = ThemedFigure(lines)
-    figure.add_scatter(
-        x=layers[[0, -1]],
-        y=[math.log(2)] * 2,
-        name="ln 2: settled",
-        mode="lines",
-        line={"color": NEUTRAL, "dash": "dash"},
+    drawn = any(band.ends is not None for band in bands)
+    bands.append(Band("ln 2: settled", math.log(2), None, NEUTRAL, "dash"))
+    figure = layer_bands(
+        bands,
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"Residual cross-entropy of {label(str(result.provenance['model']), 60)}",
+        subtitle="cross-entropy against the model's own top token; "
+        f"{counted(data['rows_with_next'], 'token')}, {share:z.0f} % wrong" + "; bands: 95 % CI over documents" * drawn,
+        unit=axis_title(data["cross_entropy"].attrs),
     )
-    figure.update_traces(hovertemplate="layer %{x}: %{y:.3f}")
-    title = f"Residual cross-entropy of {label(str(result.provenance['model']), 60)}"
-    text = (
-        f"cross-entropy against the model's own top token; {int(data['rows_with_next']):,} tokens, {share:.0f} % wrong"
-    )
-    return _laid_out(figure, title, text, layers, axis_title(data["cross_entropy"].attrs))
+    return figure.update_yaxes(rangemode="tozero")
 
 
 def _detection(result: Result) -> go.Figure:
@@ -293,13 +300,6 @@ def _detection(result: Result) -> go.Figure:
         bands,
         layers=layers.tolist(),
         title=f"Detection of errors of {label(str(result.provenance['model']), 60)}",
-        subtitle="bands: 95 % intervals over documents; 0.5: no information",
+        subtitle=f"{counted(data['rows_with_next'], 'token')}; bands: 95 % CI over documents; 0.5: no information",
         unit=_AUC,
     )
-
-
-def _laid_out(figure: go.Figure, title: str, subtitle: str, layers: np.ndarray, unit: str) -> go.Figure:
-    heading = {"text": title, "subtitle": {"text": subtitle}}
-    figure.update_layout(title=heading, margin={"t": 120}, height=440, width=760)
-    figure.update_xaxes(title="layer", dtick=integer_step(layers.tolist()))
-    return figure.update_yaxes(title=unit, rangemode="tozero")

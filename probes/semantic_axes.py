@@ -27,6 +27,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from workbench.probing import (
+    NEUTRAL,
     SIGNED,
     Model,
     RequestError,
@@ -41,6 +42,7 @@ from workbench.probing import (
     central,
     check_fields,
     colour_bar,
+    counted,
     dataset,
     interval_suffix,
     label,
@@ -158,7 +160,7 @@ class SemanticAxes(WeightsProbe):
         words = single_words(vocabulary)
         if len(axes.names) < _LEAST or len(words) < 30:
             raise RequestError(
-                f"{len(axes.names)} axes have two pairs of single tokens in a vocabulary of {len(words)} words; "
+                f"{len(axes.names)} axes have two pairs of single tokens in a vocabulary of {len(words):,} words; "
                 f"semantic-axes needs {_LEAST}, and 30 words; give poles=, a JSON file of words that it has"
             )
         table = vocabulary.embedding if self.table == "embedding" else vocabulary.unembedding
@@ -166,7 +168,7 @@ class SemanticAxes(WeightsProbe):
             raise RequestError("table='unembedding', and the model has no linear head; choose embedding")
         rows = table.double().numpy()
         arrays, directions = self._geometry(rows, axes, words)
-        notes = [f"{axes.left_out} pairs were left out, since a word is not one token"] if axes.left_out else []
+        notes = [f"{counted(axes.left_out, 'pair')} left out, since a word is not one token"] if axes.left_out else []
         size = len(axes.names)
         arrays["effect"] = np.full((size, size), np.nan)
         mover, reason = self._mover(vocabulary, rows) if self.strength else (None, "")
@@ -265,23 +267,23 @@ class SemanticAxes(WeightsProbe):
             ends = interval_suffix(low, high, ".0f")
         alike = np.abs(data["alignment"].to_numpy()[~np.eye(len(order), dtype=bool)]).mean()
         text = (
-            f"{len(order)} axes put {100 * right:.0f} % of {number} held-out pairs in order{ends} (axes of other "
-            f"meanings {100 * off_axis:.0f} %, chance 50 %); mean |cosine| of two axes {alike:.2f}; three components "
-            f"hold {shares[0]:.0f} % of words' projections (random axes {shares[1]:.0f} %, random tokens "
-            f"{shares[2]:.0f} %)"
+            f"{len(order)} axes put {100 * right:z.0f} % of {counted(number, 'held-out pair')} in order{ends} (axes "
+            f"of other meanings {100 * off_axis:z.0f} %, chance 50 %); mean |cosine| of two axes {alike:z.2f}; three "
+            f"components hold {shares[0]:z.0f} % of words' projections (random axes {shares[1]:z.0f} %, random tokens "
+            f"{shares[2]:z.0f} %)"
         )
         effect = data["effect"].to_numpy()
         if np.isfinite(effect).all():
             on, off = np.diag(effect).mean(), np.abs(effect[~np.eye(len(effect), dtype=bool)]).mean()
             text += (
-                f"; a shift changes the log-odds of its own poles by {on:+.2f} nats, of others by {off:.2f} in size; "
-                f"off target it correlates with the cosine by {float(data['effect_alignment']):+.2f} (null below "
-                f"{float(data['effect_null']):.2f})"
+                f"; a shift changes the log-odds of its own poles by {on:+z.2f} nats, of others by {off:z.2f} in size; "
+                f"off target it correlates with the cosine by {float(data['effect_alignment']):+z.2f} (null below "
+                f"{float(data['effect_null']):z.2f})"
             )
         rated = data["rating"].to_numpy()
         if np.isfinite(rated).any():
             null = float(np.nanmean(data["rating_null"]))
-            text += f"; ratings correlate by {np.nanmean(rated):+.2f} on average (random axes below {null:.2f})"
+            text += f"; ratings correlate by {np.nanmean(rated):+z.2f} on average (random axes below {null:z.2f})"
         return with_note(text + ".", result)
 
     @staticmethod
@@ -301,7 +303,8 @@ class SemanticAxes(WeightsProbe):
                 },
                 names,
                 title="Opposite words in order along the axis",
-                subtitle=f"{int(pairs.sum())} pairs; chance: 0.5; bars: Wilson's 95 % interval of the axis's pairs",
+                subtitle=f"{counted(int(pairs.sum()), 'pair')}; chance: 0.5; bars: Wilson's 95 % interval "
+                "of the axis's pairs",
                 unit="share of pairs",
                 line=0.5,
                 ends={"own axis, pair left out": wilson(shares, pairs)},
@@ -315,7 +318,7 @@ class SemanticAxes(WeightsProbe):
             figures["effect"] = labelled_scatter(
                 points,
                 title="Effect of a shift along an axis on the output",
-                subtitle=f"null of the correlation off target: below {float(data['effect_null']):.2f}",
+                subtitle=f"null of the correlation off target: below {float(data['effect_null']):z.2f}",
                 names=("cosine of the axes", "change of log-odds (nats)"),
                 line=0.0,
             )
@@ -334,8 +337,9 @@ def _in_order(share: np.ndarray, pairs: np.ndarray, seed: int) -> dict[str, floa
 def _rated(data: Any) -> Any:
     """Correlation with ratings by axis, with its interval, beside the largest that random axes reach in 95 %."""
     rating, low, high = (data[f"rating{end}"].to_numpy() for end in ("", "_low", "_high"))
-    return category_points(
-        {"axis": rating, "95 % of axes between random words are below": data["rating_null"].to_numpy()},
+    null = "95 % of axes between random words are below"
+    figure = category_points(
+        {"axis": rating, null: data["rating_null"].to_numpy()},
         data["axis"].to_numpy().tolist(),
         title="Ratings of words and their projections on the axis",
         subtitle="bars: 95 % interval over words",
@@ -343,6 +347,7 @@ def _rated(data: Any) -> Any:
         line=0.0,
         ends={"axis": (low, high)},
     )
+    return figure.update_traces(marker={"color": NEUTRAL}, selector={"name": null})
 
 
 def _off_diagonal(values: np.ndarray) -> np.ndarray:

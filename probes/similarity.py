@@ -32,6 +32,7 @@ from workbench.probing import (
     Store,
     Variable,
     check_fields,
+    counted,
     dataset,
     label,
     layer_grid,
@@ -151,7 +152,9 @@ class Similarity(LayerProbe):
         other_rows = chosen
         if second is not store:
             chosen, other_rows = matching_rows(store, second, chosen)
-            notes.append(f"compared with {second.path.name} at {len(chosen):,} tokens that end at the same characters")
+            notes.append(
+                f"compared with {second.path.name} at {counted(len(chosen), 'token')} that end at the same characters"
+            )
         if len(chosen) > self.row_limit:
             drawn = np.sort(np.random.default_rng(self.seed).choice(len(chosen), self.row_limit, replace=False))
             chosen, other_rows = chosen[drawn], other_rows[drawn]
@@ -163,7 +166,7 @@ class Similarity(LayerProbe):
             rows = self.finite_rows(store, labels, rows.rows[finite])
             notes += second_finite.notes
         if len(rows.rows) < _LEAST:
-            raise RequestError(f"{len(rows.rows)} tokens are selected; similarity needs {_LEAST} or more")
+            raise RequestError(f"{counted(len(rows.rows), 'token')} are selected; similarity needs {_LEAST} or more")
         return rows, other_rows[in_first][finite], notes
 
     @staticmethod
@@ -171,18 +174,18 @@ class Similarity(LayerProbe):
         """Returns the CKA of neighbouring layers and of the ends, or of the best matches in the second store."""
         cka, data = result.data["cka"].to_numpy(), result.data
         layers, other_layers = (data[axis].to_numpy() for axis in _PAIR)
-        floor = f"shuffled rows at most {float(data['cka_shuffled'].max()):.2f}"
+        floor = f"shuffled rows at most {float(data['cka_shuffled'].max()):z.2f}"
         if result.provenance["settings"]["other"] is not None:
             matches = ", ".join(f"{layers[row]} with {other_layers[cka[row].argmax()]}" for row in _spread(len(layers)))
-            text = f"Best matching layer has a CKA of {np.nanmean(cka.max(1)):.2f} on average ({matches}); {floor}."
+            text = f"Best matching layer has a CKA of {np.nanmean(cka.max(1)):z.2f} on average ({matches}); {floor}."
         elif len(layers) == 1:
             text = "One layer was recorded; similarity compares two or more."
         else:
             near = np.diagonal(cka, 1)
             least = int(near.argmin())
             text = (
-                f"CKA of neighbouring layers is {near.mean():.2f} on average, least {near[least]:.2f} (layers "
-                f"{layers[least]} and {layers[least + 1]}), of the first and last layer {cka[0, -1]:.2f}; {floor}."
+                f"CKA of neighbouring layers is {near.mean():z.2f} on average, least {near[least]:z.2f} (layers "
+                f"{layers[least]} and {layers[least + 1]}), of the first and last layer {cka[0, -1]:z.2f}; {floor}."
             )
         return with_note(text, result)
 
@@ -191,19 +194,19 @@ class Similarity(LayerProbe):
         """Returns "cka", "svcca" and, for equal widths, "overlap": layers by layers."""
         data, second_path = result.data, result.provenance["settings"]["other"]
         names = ("layer", "layer" if second_path is None else f"layer of {label(Path(second_path).name, 30)}")
-        rows = f"{int(data['rows']):,} tokens"
+        rows = f"{counted(data['rows'], 'token')}"
         grids = [
             (
                 "cka",
                 "Similarity of layers: unbiased CKA",
-                f"shuffled rows: at most {float(data['cka_shuffled'].max()):.2f}",
+                f"shuffled rows: at most {float(data['cka_shuffled'].max()):z.2f}",
             ),
             (
                 "svcca",
                 "Similarity of layers: SVCCA",
-                f"shuffled rows: at most {float(data['svcca_shuffled'].max()):.2f}",
+                f"shuffled rows: at most {float(data['svcca_shuffled'].max()):z.2f}",
             ),
-            ("overlap", "Overlap of principal subspaces", f"random subspaces: {float(data['overlap_random']):.2f}"),
+            ("overlap", "Overlap of principal subspaces", f"random subspaces: {float(data['overlap_random']):z.2f}"),
         ]
         return {
             name: layer_grid(
@@ -227,7 +230,7 @@ def _read(store: Store, labels: Sequence[str], rows: Int[np.ndarray, " row"]) ->
         values = store[site][rows].double()
         parts.append((values - values.mean(0)).float())
         if not bool(parts[-1].any()):
-            raise RequestError(f"{site} is the same for all {len(rows):,} tokens; nothing can be compared")
+            raise RequestError(f"{site} is the same for all {counted(len(rows), 'token')}; nothing can be compared")
     return parts
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from workbench.probing import (
     CATEGORIES,
@@ -41,19 +41,22 @@ from workbench.probing import (
     blocks,
     change_effects,
     check_fields,
+    clustered_means,
+    counted,
     dataset,
     intervals,
     label,
     layer_bands,
-    layer_curves,
     layers_of,
     load_unembed,
+    log_axis,
     log_probabilities,
     mlp_outputs,
     model_label,
     plain_torch,
     predicting_rows,
     random_copy,
+    recorded_ends,
     recorded_model,
     require_causal,
     usable_device,
@@ -82,19 +85,26 @@ def _of_changes() -> Iterator[Variable]:
         for name in _MEASURED:
             variable, meaning = f"{name}_{change}", f"{_MEANING[name]}, {phrase}"
             yield from with_interval(Variable(variable, _LAYER, _UNITS[name], meaning, f"{variable}_random"))
-            yield Variable(f"{variable}_random", _LAYER, _UNITS[name], "the same in a model with random weights")
+            yield from with_interval(
+                Variable(f"{variable}_random", _LAYER, _UNITS[name], "the same in a model with random weights")
+            )
 
 
 VARIABLES: tuple[Variable, ...] = (
     *_of_changes(),
-    Variable(
-        "recent", _LAYER, "attention", f"to the {_RECENT} tokens before the query, mean of heads", "recent_uniform"
+    *with_interval(
+        Variable(
+            "recent", _LAYER, "attention", f"to the {_RECENT} tokens before the query, mean of heads", "recent_uniform"
+        )
     ),
     Variable("recent_uniform", (), "attention", "of a head that attends to all visible keys equally"),
-    Variable("entropy", _LAYER, "nats", "entropy of the logit lens", "ln(vocab)"),
-    Variable("kl_lens", _LAYER, "nats", "KL(lens at this layer || lens at the one recorded before)", "0"),
+    *with_interval(Variable("entropy", _LAYER, "nats", "entropy of the logit lens", "ln(vocab)")),
+    *with_interval(
+        Variable("kl_lens", _LAYER, "nats", "KL(lens at this layer || lens at the one recorded before)", "0")
+    ),
     Variable("prediction_neurons", _LAYER, "share of neurons", "kurtosis above 10, skew above 0", "0"),
     Variable("suppression_neurons", _LAYER, "share of neurons", "kurtosis above 10, skew below 0", "0"),
+    Variable("neurons", _LAYER, "neurons", "neurons of the layer"),
     Variable("rows", (), "tokens", "tokens that are measured"),
 )
 
@@ -164,9 +174,9 @@ class Stages(LayerProbe):
         finite = self.finite_rows(store, sites, rows)
         arrays: dict[str, Any] = {"rows": len(finite.rows)}
         if attention:
-            arrays |= _recent(store, attention, layers, finite.rows)
+            arrays |= self._recent(store, attention, layers, finite.rows)
         if lens:
-            arrays |= _lens(store, lens, layers, finite.rows, usable_device(self.device))
+            arrays |= self._lens(store, lens, layers, finite.rows)
         notes = [
             few_rows,
             "" if attention else "recent not computed: pattern was not recorded",
@@ -177,7 +187,7 @@ class Stages(LayerProbe):
             arrays |= self._changes(model, MeasuredRows(store, {"all": finite.rows}), layers)
             if self.control:
                 random = self._changes(random_copy(model, self.seed), MeasuredRows(store, {"all": finite.rows}), layers)
-                arrays |= {f"{name}_random": random[name] for name in random if not name.endswith(("_low", "_high"))}
+                arrays |= {_of_random(name): values for name, values in random.items()}
             neurons, note = _neurons(store, model, layers, usable_device(self.device))
             arrays, notes = arrays | neurons, [*notes, note]
         elif len(arrays) == 1:
@@ -194,7 +204,7 @@ class Stages(LayerProbe):
         parameters = 12 * sizes.n_layers * sizes.d_model**2 + sizes.vocab * sizes.d_model
         passes = 2 * len(layers) * (1 + self.control)
         paid = max(1, int(_CPU_WORK // (2 * parameters * passes)))
-        note = f"about {paid:,} tokens measured, as many as some minutes allow; set row_limit to measure more"
+        note = f"about {counted(paid, 'token')} measured, as many as some minutes allow; set row_limit to measure more"
         return (paid, note) if paid < _ROWS else (_ROWS, "")
 
     def _layers(self, n_layers: int) -> list[int]:
@@ -226,28 +236,73 @@ class Stages(LayerProbe):
                     arrays[f"{name}_{kind}{end}"] = line
         return arrays
 
+    def _recent(
+        self, store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"]
+    ) -> dict[str, np.ndarray]:
+        """Attention to the tokens before the query, of queries that have as many, by layer."""
+        position = store.tokens["position"].to_numpy().astype(np.int64)
+        rows = rows[position[rows] >= _RECENT]
+        values = np.full((len(rows), len(layers)), np.nan)
+        keys = position[rows][:, None] - np.arange(1, _RECENT + 1)
+        for layer in known if len(rows) else ():
+            array = store["pattern", layer]
+            for part in blocks(len(rows), int(np.prod(array.shape[1:]))):
+                pattern = array[rows[part]].double()  # [row, head, key]
+                at = torch.from_numpy(keys[part])[:, None].expand(-1, pattern.shape[1], -1)
+                values[part, list(layers).index(layer)] = pattern.gather(2, at).sum(2).mean(1).numpy()
+        uniform = (_RECENT / (1 + position[rows])).mean() if len(rows) else np.nan
+        return self._means("recent", values, store, rows) | {"recent_uniform": np.asarray(uniform)}
+
+    def _lens(
+        self, store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"]
+    ) -> dict[str, np.ndarray]:
+        """Entropy of the logit lens, and KL to the layer before, by layer."""
+        unembed = load_unembed(store.path, usable_device(self.device))
+        entropy, divergence = np.full((2, len(rows), len(layers)), np.nan)
+        for block in blocks(len(rows), unembed.vocab):
+            before = None
+            for layer in known:
+                column = list(layers).index(layer)
+                log = log_probabilities(unembed, store["resid_post", layer][rows[block]])
+                probability = log.exp()
+                entropy[block, column] = -torch.where(probability > 0, probability * log, 0).sum(1).cpu().numpy()
+                if before is not None:
+                    step = torch.where(probability > 0, probability * (log - before), 0).sum(1)
+                    divergence[block, column] = step.cpu().numpy()
+                before = log
+        return self._means("entropy", entropy, store, rows) | self._means("kl_lens", divergence, store, rows)
+
+    def _means(
+        self, name: str, values: Float[np.ndarray, "row layer"], store: Store, rows: Int[np.ndarray, " row"]
+    ) -> dict[str, np.ndarray]:
+        """Means over rows with their intervals; NaN at layers that were not recorded."""
+        document = store.tokens["document"].to_numpy()[rows]
+        mean, resampled = clustered_means(values, document, resamples=self.resamples, seed=self.seed)
+        low, high = intervals(resampled)
+        return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
     @staticmethod
     def headline(result: Result) -> str:
         """Returns the agreement after deletion and swap of the middle, first and last block, beside random weights."""
         data = result.data
-        rows = f"{int(data['rows']):,} tokens"
+        rows = counted(data["rows"], "token")
         if "agreement_delete" not in data:
-            return with_note(f"Markers of stages at {data.sizes['layer']} layers, {rows}.", result)
+            return with_note(f"Markers of stages at {counted(data.sizes['layer'], 'layer')}, {rows}.", result)
         layers = data["layer"].to_numpy()
         keep = 100 * data["agreement_delete"].to_numpy()
         swap = 100 * data["agreement_swap"].to_numpy()
         middle = slice(len(layers) // 4, max(len(layers) // 4 + 1, 3 * len(layers) // 4))
         text = "Top-1 predictions kept without one block: "
         if len(layers) > 2:
-            text += f"{keep[middle].mean():.0f} % on average in layers {layers[middle][0]} to {layers[middle][-1]}, "
-        text += ", ".join(f"{keep[at]:.0f} % for layer {layers[at]}" for at in sorted({0, len(layers) - 1}))
+            text += f"{keep[middle].mean():z.0f} % on average in layers {layers[middle][0]} to {layers[middle][-1]}, "
+        text += ", ".join(f"{keep[at]:z.0f} % for layer {layers[at]}" for at in sorted({0, len(layers) - 1}))
         if not np.isnan(swap[middle]).all():
-            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):.0f} %"
+            text += f"; with neighbours exchanged {np.nanmean(swap[middle]):z.0f} %"
             text += " in the same layers" * (len(layers) > 2)
-        text += f"; mean KL without one block {float(data['kl_delete'].mean()):.2f} nats"
+        text += f"; mean KL without one block {float(data['kl_delete'].mean()):z.2f} nats"
         if "agreement_delete_random" in data:
-            text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):.0f} %, KL "
-            text += f"{float(data['kl_delete_random'].mean()):.2f}"
+            text += f"; random weights keep {100 * float(data['agreement_delete_random'].mean()):z.0f} %, KL "
+            text += f"{float(data['kl_delete_random'].mean()):z.2f}"
         return with_note(f"{text} ({rows}).", result)
 
     @staticmethod
@@ -256,71 +311,21 @@ class Stages(LayerProbe):
         data, figures = result.data, {}
         if "agreement_delete" in data:
             figures = {"agreement": _bands(result, "agreement"), "kl": _bands(result, "kl")}
-        model = model_label(result)
-        layers = data["layer"].to_numpy().tolist()
-        markers = {
-            "attention": (("recent",), "Attention to the five tokens before", "attention"),
-            "lens": (("entropy", "kl_lens"), "Logit lens: entropy, and KL to the layer before", "nats"),
-            "neurons": (("prediction_neurons", "suppression_neurons"), "Neurons for few tokens", "share of neurons"),
-        }
-        for name, (variables, title, unit) in markers.items():
-            curves = {
-                variable.replace("_", " "): data[variable].to_numpy() for variable in variables if variable in data
-            }
-            if name == "attention" and curves:
-                curves["uniform attention"] = np.full(len(layers), float(data["recent_uniform"]))
-            if curves:
-                figures[name] = layer_curves(curves, layers=layers, title=f"{title}, {model}", unit=unit)
-        return figures
+        shown = (name for name, marker in _MARKERS.items() if any(variable in data for variable in marker.curves))
+        return figures | {name: _marker(result, name) for name in shown}
 
 
 # ---- markers --------------------------------------------------------------------------------------------
 
 
+def _of_random(name: str) -> str:
+    """Name of a variable of the model with random weights: "kl_swap_random_low" for "kl_swap_low"."""
+    stem, end = next(((name.removesuffix(end), end) for end in ("_low", "_high") if name.endswith(end)), (name, ""))
+    return f"{stem}_random{end}"
+
+
 def _filled(layers: Sequence[int], values: Mapping[int, float]) -> np.ndarray:
     return np.array([values.get(layer, np.nan) for layer in layers])
-
-
-def _recent(
-    store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"]
-) -> dict[str, np.ndarray]:
-    """Attention to the tokens before the query, of queries that have as many, by layer."""
-    position = store.tokens["position"].to_numpy().astype(np.int64)
-    rows = rows[position[rows] >= _RECENT]
-    if not len(rows):
-        return {"recent": np.full(len(layers), np.nan), "recent_uniform": np.asarray(np.nan)}
-    keys = position[rows][:, None] - np.arange(1, _RECENT + 1)
-    values = {}
-    for layer in known:
-        array, total = store["pattern", layer], 0.0
-        for part in blocks(len(rows), int(np.prod(array.shape[1:]))):
-            pattern = array[rows[part]].double()  # [row, head, key]
-            at = torch.from_numpy(keys[part])[:, None].expand(-1, pattern.shape[1], -1)
-            total += float(pattern.gather(2, at).sum(2).mean(1).sum())
-        values[layer] = total / len(rows)
-    uniform = (_RECENT / (1 + position[rows])).mean()
-    return {"recent": _filled(layers, values), "recent_uniform": np.asarray(uniform)}
-
-
-def _lens(
-    store: Store, known: Sequence[int], layers: Sequence[int], rows: Int[np.ndarray, " row"], device: Any
-) -> dict[str, np.ndarray]:
-    """Entropy of the logit lens, and KL to the layer before, by layer."""
-    unembed = load_unembed(store.path, device)
-    entropy, divergence = (dict.fromkeys(known, 0.0) for _ in range(2))
-    for block in blocks(len(rows), unembed.vocab):
-        before = None
-        for layer in known:
-            log = log_probabilities(unembed, store["resid_post", layer][rows[block]])
-            probability = log.exp()
-            entropy[layer] -= float(torch.where(probability > 0, probability * log, 0).sum(1).double().sum())
-            if before is not None:
-                step = torch.where(probability > 0, probability * (log - before), 0).sum(1)
-                divergence[layer] += float(step.double().sum())
-            before = log
-    divergence[known[0]] = np.nan
-    means = ({layer: total / len(rows) for layer, total in sums.items()} for sums in (entropy, divergence))
-    return dict(zip(("entropy", "kl_lens"), (_filled(layers, mean) for mean in means), strict=True))
 
 
 def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> tuple[dict[str, np.ndarray], str]:
@@ -341,31 +346,81 @@ def _neurons(store: Store, model: Model, layers: Sequence[int], device: Any) -> 
         "prediction_neurons": lambda moments: moments.prediction,
         "suppression_neurons": lambda moments: moments.suppression,
     }
+    parts["neurons"] = lambda moments: float(len(moments.kurtosis))
     return {
-        name: _filled(layers, {layer: share(part) for layer, part in moments.items()}) for name, share in parts.items()
+        name: _filled(layers, {layer: part(values) for layer, values in moments.items()})
+        for name, part in parts.items()
     }, ""
 
 
 # ---- figures --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Marker:
+    """A figure of variables over layers."""
+
+    title: str
+    unit: str
+    curves: Mapping[str, str]
+    """Variable to the name of its curve."""
+
+
+_MARKERS = {
+    "attention": _Marker(f"Attention to the {_RECENT} tokens before", "attention", {"recent": "mean of heads"}),
+    "lens": _Marker(
+        "Logit lens: entropy, and KL to the layer before",
+        "nats",
+        {"entropy": "entropy", "kl_lens": "KL(layer ‖ layer before)"},
+    ),
+    "neurons": _Marker(
+        "Neurons for few tokens",
+        "share of neurons",
+        {"prediction_neurons": "prediction neurons", "suppression_neurons": "suppression neurons"},
+    ),
+}
+
+
+def _marker(result: Result, name: str) -> go.Figure:
+    data, marker = result.data, _MARKERS[name]
+    bands = [
+        Band(curve, data[variable].to_numpy(), recorded_ends(data, variable), CATEGORIES[number])
+        for number, (variable, curve) in enumerate(marker.curves.items())
+    ]
+    drawn = any(band.ends is not None for band in bands)
+    subtitle = f"mean over {counted(data['rows'], 'token')}" + "; bands: 95 % intervals over documents" * drawn
+    if name == "attention":
+        bands.append(Band("uniform attention", float(data["recent_uniform"]), None, NEUTRAL, "dash"))
+    if name == "neurons":
+        subtitle = "kurtosis of the logits above 10; skew above 0: prediction, below 0: suppression"
+        if "neurons" in data:  # results of earlier versions have no number
+            subtitle += f"; {counted(data['neurons'].max(), 'neuron')} a layer, all counted"
+    figure = layer_bands(
+        bands,
+        layers=data["layer"].to_numpy().tolist(),
+        title=f"{marker.title}, {model_label(result)}",
+        subtitle=subtitle,
+        unit=marker.unit,
+    )
+    return figure.update_yaxes(rangemode="tozero")
+
+
 def _bands(result: Result, measure: str) -> go.Figure:
     data, bands = result.data, []
     for number, (change, name) in enumerate({"delete": "block deleted", "swap": "exchanged with the next"}.items()):
         variable = f"{measure}_{change}"
-        ends = tuple(data[f"{variable}_{end}"].to_numpy() for end in ("low", "high"))
-        bands.append(Band(name, data[variable].to_numpy(), ends, CATEGORIES[number]))  # pyright: ignore[reportArgumentType]  # two
-        if f"{variable}_random" in data:
-            colour = NEUTRAL if number == 0 else CATEGORIES[2]
-            bands.append(Band(f"{name}, random weights", data[f"{variable}_random"].to_numpy(), None, colour, "dash"))
+        bands.append(Band(name, data[variable].to_numpy(), recorded_ends(data, variable), CATEGORIES[number]))
+        if (control := f"{variable}_random") in data:
+            dash, ends = ("dash", "dot")[number], recorded_ends(data, control)
+            bands.append(Band(f"{name}, random weights", data[control].to_numpy(), ends, NEUTRAL, dash))
     titles = {"agreement": "Top-1 predictions that stay", "kl": "KL(model || changed)"}
     figure = layer_bands(
         bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"{titles[measure]} when a block is deleted or moved, {label(str(result.provenance['model']), 40)}",
-        subtitle=f"{int(data['rows']):,} tokens; bands: 95 % intervals over documents",
+        subtitle=f"{counted(data['rows'], 'token')}; bands: 95 % intervals over documents",
         unit=_UNITS[measure],
     )
     if measure == "kl" and float(data["kl_delete"].max()) > 0:
-        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
+        figure.update_yaxes(**log_axis(*(np.asarray(band.values, float) for band in bands)))
     return figure.update_yaxes(range=[0, 1.02]) if measure == "agreement" else figure

@@ -36,6 +36,7 @@ from workbench.probing import (
     check_kind,
     clustered_means,
     continue_steered,
+    counted,
     dataset,
     error_bars,
     intervals,
@@ -146,7 +147,9 @@ class Steering(StoreProbe):
         targets = _target_ids(model, self.tokens)
         ids, left_out = self._prompts(store)
         if (longest := self.prompt + self.new_tokens) > (limit := model.context_limit or longest):
-            raise RequestError(f"new_tokens: {longest:,} tokens with the prompt, the model takes {limit:,}; give fewer")
+            raise RequestError(
+                f"new_tokens: {counted(longest, 'token')} with the prompt, the model takes {limit:,}; give fewer"
+            )
         values: dict[str, np.ndarray] = {name: np.full((len(ids), 2, len(self.scales)), np.nan) for name in MEASURES}
         lines = []
         for row, kind in enumerate(KINDS):
@@ -162,7 +165,9 @@ class Steering(StoreProbe):
                     text = "".join(token_texts(model.tokenizer, tokens.tolist()))
                     lines.append({"kind": kind, "scale": scale, "prompt": prompt, "text": text})
         data = self._data(values)
-        data.attrs["note"] = f"{left_out} sequences left out: fewer than {self.prompt} tokens" if left_out else ""
+        data.attrs["note"] = (
+            f"{counted(left_out, 'sequence')} left out: fewer than {self.prompt} tokens" if left_out else ""
+        )
         data.attrs |= {"direction": direction.name, "site": ", ".join(self._sites(direction)), "prompts": len(ids)}
         measured = {name: values[name].transpose(1, 2, 0).reshape(-1) for name in MEASURES}
         return Result(self.name, data, pd.DataFrame(lines).assign(**measured), provenance(store, self))
@@ -213,10 +218,10 @@ class Steering(StoreProbe):
         steered, random = at.sel(kind="direction"), at.sel(kind="random")
         text = (
             f"{data.attrs['direction']!r} at {data.attrs['site']}, scale {scale:g}: ln P of the targets "
-            f"{float(steered['log_probability']):.2f} (scale {float(base['scale']):g}: "
-            f"{float(base.sel(kind='direction')['log_probability']):.2f}; random direction "
-            f"{float(random['log_probability']):.2f}); plain loss of the generated text {float(steered['loss']):.2f} "
-            f"nats (random {float(random['loss']):.2f}), {data.attrs['prompts']} prompts."
+            f"{float(steered['log_probability']):z.2f} (scale {float(base['scale']):g}: "
+            f"{float(base.sel(kind='direction')['log_probability']):z.2f}; random direction "
+            f"{float(random['log_probability']):z.2f}); plain loss of the generated text {float(steered['loss']):z.2f} "
+            f"nats (random {float(random['loss']):z.2f}), {counted(data.attrs['prompts'], 'prompt')}."
         )
         return with_note(text, result)
 
@@ -250,11 +255,14 @@ def _by_scale(data: Any, name: str) -> go.Figure:
             error_y=error_bars(mean, low, high),
             name={"direction": "direction", "random": "random direction of equal norm"}[kind],
             mode="lines+markers",
-            line={"color": color},
+            line={"color": color, "dash": "dash" if kind == "random" else "solid"},
             hovertemplate="scale %{x}: %{y:.3f}",
         )
     figure.update_layout(
-        title={"text": f"Steering: {meaning}", "subtitle": {"text": f"95 % CI over {data.attrs['prompts']} prompts"}},
+        title={
+            "text": f"Steering: {meaning}",
+            "subtitle": {"text": f"95 % CI over {counted(data.attrs['prompts'], 'prompt')}"},
+        },
         width=760,
         height=440,
         margin={"t": 110},

@@ -46,6 +46,8 @@ from workbench.probing import (
     check_fields,
     choose_layers,
     colour_bar,
+    colour_limits,
+    counted,
     dataset,
     digit_readings,
     direct_effects,
@@ -225,7 +227,8 @@ class SuccessorHeads(LayerProbe):
         at, tasks = data.sel(layer=layer, head=head), data.sizes["task"]
         above = int(at["tasks_above"])
         macro, null, p = (float(at[name]) for name in ("macro", "null_macro", "p_family"))
-        numbers = f"macro score {macro:.2f}, shuffled successors {null:.2f}, p {p:.2g} over {data['macro'].size} heads"
+        numbers = f"macro score {macro:z.2f}, shuffled successors {null:z.2f}, p {p:.2g}"
+        numbers += f" over {counted(data['macro'].size, 'head')}"
         certain = f"{head_name(layer, head)} scores above {threshold:g} in {above} of {tasks} classes: {numbers}."
         smallest = 1 / (1 + result.provenance["settings"]["permutations"])
         none = f"Not tested, as p cannot be below {smallest:.2g}" if smallest > _LEVEL else "No successor head"
@@ -359,7 +362,7 @@ def _text_finding(data: xr.Dataset) -> str:
     share, low, high = (100 * float(at[name]) for name in ("wins", "wins_low", "wins_high"))
     return (
         f"In the text {head_name(int(at['layer']), int(at['head']))} raises the successor most of all heads at "
-        f"{share:.0f} % of {int(data['places']):,} places, {interval_text(low, high)}."
+        f"{share:z.0f} % of {int(data['places']):,} places, {interval_text(low, high)}."
     )
 
 
@@ -406,6 +409,7 @@ def _score_map(result: Result) -> go.Figure:
         title=f"{_title(result)}: successor score",
         subtitle=f"mean over {tasks} tasks; in the cells: number of tasks with a score above {threshold:g}",
         unit="successor score",
+        limits=colour_limits(data["macro"].to_numpy()),
     )
 
 
@@ -413,7 +417,7 @@ def _task_bars(result: Result) -> go.Figure:
     data = result.data
     tasks, number = data["task"].to_numpy().tolist(), data["tokens"].to_numpy()
     figure = ThemedFigure()
-    selection = f"the best {min(_SHOWN, data['macro'].size)}"
+    selection = f"the best {min(_SHOWN, data['macro'].size)} of {counted(data['macro'].size, 'head')}"
     for layer, head in _best_heads(data)[:_SHOWN]:
         score = data["score"].sel(layer=layer, head=head).to_numpy()
         low, high = wilson(score, number)
@@ -431,9 +435,7 @@ def _task_bars(result: Result) -> go.Figure:
     figure.update_layout(
         title={
             "text": f"{_title(result)}: score by task",
-            "subtitle": {
-                "text": f"{selection} of {data['macro'].size:,} heads, with 95 % Wilson intervals, and three controls"
-            },
+            "subtitle": {"text": f"{selection}, with 95 % Wilson intervals, and three controls"},
         },
         barmode="group",
         height=480,

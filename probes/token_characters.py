@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from workbench.probing import (
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -32,6 +33,7 @@ from workbench.probing import (
     WeightsProbe,
     category_points,
     check_fields,
+    counted,
     dataset,
     fit_classes,
     plain_torch,
@@ -113,7 +115,8 @@ class TokenCharacters(WeightsProbe):
         items = letter_tokens(vocabulary, self.case_sensitive, self.seed)
         if len(items.words) < _TOKENS:
             raise RequestError(
-                f"{len(items.words)} tokens of this vocabulary consist of two letters or more; token-characters needs "
+                f"{counted(len(items.words), 'token')} of this vocabulary consist of two letters or more; "
+                "token-characters needs "
                 f"{_TOKENS}, so neither a vocabulary of characters nor one of few words can be read"
             )
         x = vocabulary.embedding.numpy()[items.ids]
@@ -186,20 +189,21 @@ class TokenCharacters(WeightsProbe):
         letters = int(data["f1"].isel(probe=0).notnull().sum())
         first, length = data["first_letter"].to_numpy(), data["length_r2"].to_numpy()
         parts = [
-            f"{probe} {means['f1'][place]:.2f} (random vectors {means['f1_control'][place]:.2f}, labels of matched "
-            f"tokens {means['f1_matched'][place]:.2f})"
+            f"{probe} {means['f1'][place]:z.2f} (random vectors {means['f1_control'][place]:z.2f}, labels of matched "
+            f"tokens {means['f1_matched'][place]:z.2f})"
             for place, probe in enumerate(_PROBES)
         ]
-        finding = f"Mean macro F1 of {letters} letters from the embeddings of {int(data['tokens']):,} tokens: "
+        finding = f"Mean macro F1 of {letters} letters from the embeddings of {counted(data['tokens'], 'token')}: "
         if not letters:
             finding, parts = (
                 "No letter is measured: ",
-                [f"of {int(data['tokens']):,} tokens too few have it or lack it"],
+                [f"of {counted(data['tokens'], 'token')} too few have it or lack it"],
             )
         text = (
-            f"{finding}{'; '.join(parts)}. First letter: {100 * first[0]:.0f} % "
-            f"(random vectors {100 * first[1]:.0f} %, most frequent letter "
-            f"{100 * float(data['first_letter_majority']):.0f} %); length: R² {length[0]:.2f} (random {length[1]:.2f})."
+            f"{finding}{'; '.join(parts)}. First letter: {100 * first[0]:z.0f} % "
+            f"(random vectors {100 * first[1]:z.0f} %, most frequent letter "
+            f"{100 * float(data['first_letter_majority']):z.0f} %); length: R² {length[0]:z.2f} (random "
+            f"{length[1]:z.2f})."
         )
         return with_note(text, result)
 
@@ -209,14 +213,18 @@ class TokenCharacters(WeightsProbe):
         data = result.data
         letters = data["letter"].to_numpy().tolist()
         curves = {f"{probe}": data["f1"].sel(probe=probe).to_numpy() for probe in _PROBES}
-        curves["linear, labels of matched tokens"] = data["f1_matched"].sel(probe="linear").to_numpy()
-        curves["linear, random vectors"] = data["f1_control"].sel(probe="linear").to_numpy()
-        about = f"embeddings of {int(data['tokens']):,} tokens, test on other stems"
+        matched, random = "linear, labels of matched tokens", "linear, random vectors"
+        curves[matched] = data["f1_matched"].sel(probe="linear").to_numpy()
+        curves[random] = data["f1_control"].sel(probe="linear").to_numpy()
+        about = f"embeddings of {counted(data['tokens'], 'token')}, test on other stems"
         selective = {probe: data["selectivity"].sel(probe=probe).to_numpy() for probe in _PROBES}
+        read = category_points(
+            curves, letters, title="Letters read from token embeddings", subtitle=about, unit="macro F1", line=0.5
+        )
+        for name, symbol in ((matched, "circle-open"), (random, "x")):  # controls
+            read.update_traces(marker={"color": NEUTRAL, "symbol": symbol}, selector={"name": name})
         return {
-            "letters": category_points(
-                curves, letters, title="Letters read from token embeddings", subtitle=about, unit="macro F1", line=0.5
-            ),
+            "letters": read,
             "selectivity": category_points(
                 selective,
                 letters,

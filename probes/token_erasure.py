@@ -40,6 +40,7 @@ from workbench.probing import (
     check_fields,
     choose_layers,
     clustered_means,
+    counted,
     dataset,
     erasure_curves,
     find_words,
@@ -366,8 +367,8 @@ class TokenErasure(LayerProbe):
             fall = [100 * float(at_offset[f"{name}{end}"]) for end in ("", "_low", "_high")]
             erased |= last[0] > last[1] and fall[1] > 0
             parts.append(
-                f"layers {start} to {late}: last tokens of words {last[0]:.0f} to {last[1]:.0f} %, control "
-                f"{control[0]:.0f} to {control[1]:.0f} %, drop beyond the control's {points_text(*fall)}"
+                f"layers {start} to {late}: last tokens of words {last[0]:z.0f} to {last[1]:z.0f} %, control "
+                f"{control[0]:z.0f} to {control[1]:z.0f} %, drop beyond the control's {points_text(*fall)}"
             )
         parts = list(dict.fromkeys(parts))  # the early layer may be the best
         finding = "Token erasure" if erased else "No token erasure"
@@ -378,13 +379,13 @@ class TokenErasure(LayerProbe):
         texts = [f"{finding} at offset {offset:+d}, {'; '.join(parts)}."]
         if "coverage" in data:
             share = {group: 100 * float(at_offset["coverage"].sel(group=group)) for group in _GROUPS}
-            known = [f"{value:.0f} % of {group} tokens" for group, value in share.items() if not np.isnan(value)]
+            known = [f"{value:z.0f} % of {group} tokens" for group, value in share.items() if not np.isnan(value)]
             texts += [f"Targets in the training documents: {', '.join(known)}."] * bool(known)
         if "precision" in data and not np.isnan(float(data["precision"])):
             recall = float(data["recall"])
             texts.append(
-                f"{int(data['segments']):,} segments of several tokens: precision {float(data['precision']):.2f}, "
-                f"recall {'not measured' if np.isnan(recall) else f'{recall:.2f}'} against {data.attrs['spans']}."
+                f"{counted(data['segments'], 'segment')} of several tokens: precision {float(data['precision']):z.2f}, "
+                f"recall {'not measured' if np.isnan(recall) else f'{recall:z.2f}'} against {data.attrs['spans']}."
             )
         return with_note(" ".join(texts), result)
 

@@ -40,6 +40,7 @@ from workbench.probing import (
     check,
     check_fields,
     clustered_means,
+    counted,
     dataset,
     distinct,
     error_bars,
@@ -170,7 +171,7 @@ class TokenGeometry(LayerProbe):
             coords["group"] = list(sequences.domains)
         data = dataset(_VARIABLES, {name: np.asarray(array) for name, array in arrays.items()}, coords)
         documents = len(np.unique(sequences.document))
-        notes = [f"intervals over {documents} document{'s' * (documents != 1)}, fewer than 10" * (documents < 10)]
+        notes = [f"intervals over {counted(documents, 'document')}, fewer than 10" * (documents < 10)]
         if loss is None:
             notes.append("loss not compared: the last resid_post or the unembedding was not recorded")
         return self.result(store, data, _table(values, loss, sequences, layers), rows, notes)
@@ -182,16 +183,17 @@ class TokenGeometry(LayerProbe):
         dimension = data["intrinsic_dimension"].sel(scale=1)
         peak = data.isel(layer=int(np.nanargmax(dimension.to_numpy())))
         text = (
-            f"Intrinsic dimension of {settings['length'] - settings['skip']} tokens (TwoNN, {int(data['sequences'])} "
+            f"Intrinsic dimension of {counted(settings['length'] - settings['skip'], 'token')} (TwoNN, "
+            f"{int(data['sequences'])} "
             f"sequences) peaks at layer {int(peak['layer'])} with "
             f"{value_text(peak.sel(scale=1), 'intrinsic_dimension', 1)}; a Gaussian with its covariance "
-            f"has {float(peak['gaussian_dimension']):.1f}; last layer {float(dimension[-1]):.1f}"
+            f"has {float(peak['gaussian_dimension']):z.1f}; last layer {float(dimension[-1]):z.1f}"
         )
         if data["overlap"].notnull().any():
             least = data.isel(layer=int(np.nanargmin(data["overlap"].to_numpy())))
             text += (
                 f"; fewest neighbours kept after layer {int(least['layer'])}: {value_text(least, 'overlap')}, permuted "
-                f"{float(least['overlap_permuted']):.2f}"
+                f"{float(least['overlap_permuted']):z.2f}"
             )
         if "loss_correlation" in data:
             text += f"; log dimension and loss correlate at the peak by {value_text(peak, 'loss_correlation', 2)}"
@@ -359,7 +361,7 @@ def _reference(data: xr.Dataset, variable: str, name: str) -> go.Scatter:
 
 def _curves(lines: Sequence[go.Scatter], result: Result, title: str, unit: str) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
-    points = f"{settings['length'] - settings['skip']} tokens of {int(data['sequences']):,} sequences"
+    points = f"{counted(settings['length'] - settings['skip'], 'token')} of {counted(data['sequences'], 'sequence')}"
     text = f"{points}; 95 % intervals over documents"
     layout = {
         "title": {"text": f"{title} in {label(str(result.provenance['model']), 60)}", "subtitle": {"text": text}},

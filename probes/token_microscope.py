@@ -40,6 +40,7 @@ from workbench.probing import (
     axis_title,
     check_fields,
     clustered_means,
+    counted,
     dataset,
     distinct,
     document_folds,
@@ -179,7 +180,8 @@ class TokenMicroscope(LayerProbe):
         d_model, number = store[labels[0]].shape[1], len(rows.rows)
         if number < (least := self.rows_per_dimension * d_model):
             raise RequestError(
-                f"{number:,} tokens are too few for maps of {d_model} dimensions, which would fit noise; {least:,} or "
+                f"{counted(number, 'token')} are too few for maps of {d_model} dimensions, which would fit "
+                f"noise; {least:,} or "
                 "more are needed"
             )
         documents = store.tokens["document"].to_numpy()[rows.rows]
@@ -215,16 +217,16 @@ class TokenMicroscope(LayerProbe):
         names = ("linearity", "linearity_heldout", "linearity_shuffled")
         inside, outside, shuffled = (float(steps[name].mean()) for name in names)
         text = (
-            f"Mean linearity of a step {inside:.3f} (held out {outside:.3f}, shuffled {shuffled:.3f}); least linear "
-            f"after layer {int(least['layer'])}: held out {float(least['linearity_heldout']):.3f}. Largest anisotropy "
-            f"{float(most['anisotropy']):.2f} at layer {int(most['layer'])} (isotropic "
-            f"{float(data['isotropic_anisotropy']):.3f})"
+            f"Mean linearity of a step {inside:z.3f} (held out {outside:z.3f}, shuffled {shuffled:z.3f}); least linear "
+            f"after layer {int(least['layer'])}: held out {float(least['linearity_heldout']):z.3f}. Largest anisotropy "
+            f"{float(most['anisotropy']):z.2f} at layer {int(most['layer'])} (isotropic "
+            f"{float(data['isotropic_anisotropy']):z.3f})"
         )
         if "correlation" in data:
             text += (
                 f". Contextual memory (stand-in: loss of the {len(result.provenance['settings']['offsets'])} tokens "
-                f"before) {float(data['contextual_memory'].mean()):.2f} nats at layer {int(data['memory_layer'])}, "
-                f"frequencies alone {float(data['memory_unigram']):.2f}; correlation with non-linearity "
+                f"before) {float(data['contextual_memory'].mean()):z.2f} nats at layer {int(data['memory_layer'])}, "
+                f"frequencies alone {float(data['memory_unigram']):z.2f}; correlation with non-linearity "
                 f"{value_text(data, 'correlation')}, within classes {value_text(data, 'correlation_within')}"
             )
         return with_note(f"{text}.", result)
@@ -475,7 +477,7 @@ def _layer_figure(result: Result) -> Any:
         [[Panel("linearity of the step to the next layer", linear), Panel("anisotropy", spread)]],
         layers=data["layer"].to_numpy().tolist(),
         title=f"Linearity and anisotropy of {label(str(result.provenance['model']), 60)}",
-        subtitle=f"{int(data['rows']):,} tokens; held out: documents that the map was not fitted on",
+        subtitle=f"{counted(data['rows'], 'token')}; held out: documents that the map was not fitted on",
         unit="share of variance",
     )
 

@@ -30,16 +30,16 @@ from workbench.probing import (
     TrainedLens,
     Unembed,
     Variable,
-    axis_title,
     check,
     check_fields,
+    counted,
     dataset,
     kl_slope,
-    layer_curves,
     lens_curves,
     lens_depth,
     lens_grid,
     load_unembed,
+    mean_curves,
     model_label,
     note_few_rows,
     plain_torch,
@@ -50,6 +50,7 @@ from workbench.probing import (
     selected_rows,
     split_by_document,
     usable_device,
+    with_interval,
     with_note,
 )
 
@@ -61,13 +62,17 @@ _ROWS = "mean over the held-out tokens"
 _VARIABLES: tuple[Variable, ...] = (
     *LENS_VARIABLES,
     *LOST_VARIABLES,
-    Variable("logit_mean_kl", ("layer",), "nats", f"KL(model || logit lens), without a trained map; {_ROWS}"),
-    Variable(
-        "logit_mean_cross_entropy",
-        ("layer",),
-        "nats",
-        f"cross-entropy of the text under the logit lens; {_ROWS}",
-        "ln(vocab) for a uniform guess",
+    *with_interval(
+        Variable("logit_mean_kl", ("layer",), "nats", f"KL(model || logit lens), without a trained map; {_ROWS}")
+    ),
+    *with_interval(
+        Variable(
+            "logit_mean_cross_entropy",
+            ("layer",),
+            "nats",
+            f"cross-entropy of the text under the logit lens; {_ROWS}",
+            "ln(vocab) for a uniform guess",
+        )
     ),
     Variable("weight", ("layer", "d_model", "d_model_in"), "1", "A; 0 at the last block", "0: the logit lens"),
     Variable("bias", ("layer", "d_model"), "activation", "b; 0 at the last block", "0: the logit lens"),
@@ -169,7 +174,8 @@ class TunedLens(LayerProbe):
         read = partial(read_lens, store, rows, site=self.site, device=self.device, layers=layers)
         data, table = read(top_k=self.top_k, detail=self.detail, translate=lens.translate)
         plain, _ = read(top_k=1, detail=0)
-        logit = {f"logit_{name}": plain[name].to_numpy() for name in ("mean_kl", "mean_cross_entropy")}
+        ends = [f"{name}{end}" for name in ("mean_kl", "mean_cross_entropy") for end in ("", "_low", "_high")]
+        logit = {f"logit_{name}": plain[name].to_numpy() for name in ends}
         counts = {name: lens.made_of.get(name, 0) for name in ("training_rows", "validation_rows")}
         data = data.assign(dataset(self.variables, {**logit, **_maps(lens, layers), **counts}).variables)
         note = note_few_rows(counts["training_rows"], lens.bias.shape[1]) if counts["training_rows"] else ""
@@ -229,7 +235,7 @@ class TunedLens(LayerProbe):
         epochs = min(_EPOCHS, visits // len(rows))
         if epochs == _EPOCHS:
             return _Plan(rows, checked, epochs)
-        words = f"{epochs} epoch{'s' * (epochs > 1)} of {len(rows):,} of {len(training):,} tokens"
+        words = f"{counted(epochs, 'epoch')} of {len(rows):,} of {counted(len(training), 'token')}"
         note = f"trained for {words}, as long as some minutes allow; set epochs to train longer"
         return _Plan(rows, checked, epochs, note)
 
@@ -290,8 +296,8 @@ class TunedLens(LayerProbe):
         if data.sizes["layer"] == 1 and data.attrs.get("own_output") == 0:
             return with_note("Only the model's own output was recorded, which has no map.", result)
         return with_note(
-            f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:.2f} nats with the tuned lens, "
-            f"{plain[0]:.2f} nats with the logit lens (mean over {int(data['rows']):,} held-out tokens).",
+            f"KL(model ‖ lens) at layer {data['layer'].to_numpy()[0]}: {tuned[0]:z.2f} nats with the tuned lens, "
+            f"{plain[0]:z.2f} nats with the logit lens (mean over {counted(data['rows'], 'held-out token')}).",
             result,
         )
 
@@ -359,10 +365,5 @@ def _maps(lens: TrainedLens, layers: list[int]) -> dict[str, np.ndarray]:
 
 
 def _comparison(result: Result) -> Any:
-    data, model = result.data, model_label(result)
-    return layer_curves(
-        {"tuned lens": data["mean_kl"].to_numpy(), "logit lens": data["logit_mean_kl"].to_numpy()},
-        layers=data["layer"].to_numpy().tolist(),
-        title=f"KL(model ‖ lens) of {model}: {int(data['rows']):,} held-out tokens",
-        unit=axis_title(data["mean_kl"].attrs),
-    )
+    names = {"mean_kl": "tuned lens", "logit_mean_kl": "logit lens"}
+    return mean_curves(result, names, title=f"KL(model ‖ lens) of {model_label(result)}", tokens="held-out token")

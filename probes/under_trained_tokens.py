@@ -29,6 +29,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from workbench.probing import (
+    CATEGORIES,
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -37,6 +39,7 @@ from workbench.probing import (
     Vocabulary,
     WeightsProbe,
     check_fields,
+    counted,
     dataset,
     labelled_histogram,
     labelled_scatter,
@@ -209,12 +212,12 @@ class UnderTrainedTokens(WeightsProbe):
             share, random = (float(value) for value in data["verified"])
             low, high = (max(0.0, 100 * float(end[0])) for end in wilson(np.array([share]), np.array([number])))
             text += (
-                f"; {100 * share:.0f} % of the {number} lowest are verified (p < {_VERIFIED}, 95 % CI [{low:.0f}, "
-                f"{high:.0f}]), of {random_number} random tokens {100 * random:.0f} %"
+                f"; {100 * share:z.0f} % of the {number} lowest are verified (p < {_VERIFIED}, 95 % CI [{low:z.0f}, "
+                f"{high:z.0f}]), of {random_number} random tokens {100 * random:z.0f} %"
             )
         auc = float(data["auc"].sel(indicator=indicator))
         known = int(data["never_seen"].sum())
-        text += f"; AUC of {known} tokens that no text contains: {auc:.2f}." if known else "."
+        text += f"; AUC of {counted(known, 'token')} that no text contains: {auc:z.2f}." if known else "."
         return with_note(text, result)
 
     @staticmethod
@@ -233,7 +236,7 @@ class UnderTrainedTokens(WeightsProbe):
                 mark=float(data["threshold"]),
                 mark_name=f"lowest {100 * result.provenance['settings']['share']:g} %",
                 title="Indicator of training, by kind of token",
-                subtitle=f"{len(values):,} tokens; lower values mean less training",
+                subtitle=f"{counted(len(values), 'token')}; lower values mean less training",
                 unit=unit,
             )
         }
@@ -252,6 +255,10 @@ class UnderTrainedTokens(WeightsProbe):
                 line=_VERIFIED,
                 log=True,
             )
+            points: Any
+            for points in figures["verification"].data:  # random tokens are the control
+                random = str(points.name).startswith("random tokens")
+                points.update(marker={"color": NEUTRAL if random else CATEGORIES[0]})
         return figures
 
 

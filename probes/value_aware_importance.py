@@ -20,12 +20,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 import xarray as xr
+from jaxtyping import Float, Int
 
 from workbench.probing import (
     CATEGORIES,
     LOST_VARIABLES,
     NEUTRAL,
     TOKEN_CLASSES,
+    Band,
     LayerProbe,
     Model,
     RequestError,
@@ -40,6 +42,8 @@ from workbench.probing import (
     check_fields,
     clustered_interval,
     clustered_means,
+    colour_limits,
+    counted,
     dataset,
     error_bars,
     for_query_heads,
@@ -48,7 +52,7 @@ from workbench.probing import (
     head_name,
     head_outputs,
     intervals,
-    layer_curves,
+    layer_bands,
     layers_of,
     model_label,
     output_maps,
@@ -56,9 +60,11 @@ from workbench.probing import (
     rank_correlation,
     read_alpha,
     received_sequences,
+    recorded_ends,
     recorded_model,
     removal_effects,
     require_causal,
+    resampled_means,
     stack_heads,
     token_classes,
     top_overlap,
@@ -87,7 +93,11 @@ _VARIABLES: tuple[Variable, ...] = (
     Variable("effect_shuffled", _HEAD, "1", f"rank correlation of I with permuted norms {_EFFECT}", "0"),
     *with_interval(Variable("overlap", (), "share of keys", "overlap_top, mean over heads", "1")),
     *with_interval(Variable("effect_gain", (), "1", "effect_value less effect_attention, mean over heads", "0")),
-    Variable("class_norm", _CLASS, "times the mean", "L1 norm of the values of a class of tokens, by that of all", "1"),
+    *with_interval(
+        Variable(
+            "class_norm", _CLASS, "times the mean", "L1 norm of the values of a class of tokens / that of all", "1"
+        )
+    ),
     Variable("class_tokens", ("class",), "tokens", "tokens of the class"),
     Variable("top_keys", (), "keys", "keys on top, in each sequence and head"),
     Variable("effect_sequences", (), "sequences", "sequences of which the change of the output was computed"),
@@ -140,7 +150,7 @@ class ValueAwareImportance(LayerProbe):
         check_fields(self, "resamples", "effect_sequences", at_least=1)
         check_fields(self, "seed", at_least=0)
         if not 0 <= self.sink < self.length:
-            raise RequestError(f"sink must be from 0 to {self.length - 1}, one of {self.length} tokens")
+            raise RequestError(f"sink must be from 0 to {self.length - 1}, one of {counted(self.length, 'token')}")
 
     @plain_torch()
     def run(self, store: Store, *, model: Model | None = None) -> Result:
@@ -172,7 +182,9 @@ class ValueAwareImportance(LayerProbe):
         }
         arrays = _summary(self, read, sequences, classes)
         if sequences.short:
-            notes.append(f"{sequences.short:,} sequences of fewer than {self.length} tokens left out")
+            notes.append(
+                f"{counted(sequences.short, 'sequence')} of fewer than {counted(self.length, 'token')} left out"
+            )
         heads = max(part["spearman"].shape[1] for part in read.values())
         coords = {"layer": layers, "head": np.arange(heads), "class": list(TOKEN_CLASSES)}
         data = dataset(_VARIABLES, arrays, coords)
@@ -186,14 +198,14 @@ class ValueAwareImportance(LayerProbe):
         text = (
             f"The top {100 * settings['top']:g} % of keys by attention and by attention times value size overlap by "
             f"{value_text(data, 'overlap')} (mean over heads; permuted value sizes "
-            f"{float(data['overlap_shuffled'].mean()):.2f}); position {settings['sink']} ranks {ranks[0]:.0f} of "
-            f"{settings['length']} by attention and {ranks[1]:.0f} with values (medians over heads)"
+            f"{float(data['overlap_shuffled'].mean()):z.2f}); position {settings['sink']} ranks {ranks[0]:z.0f} of "
+            f"{settings['length']} by attention and {ranks[1]:z.0f} with values (medians over heads)"
         )
         if "effect_gain" in data:
             means = [float(data[f"effect_{name}"].mean()) for name in ("value", "attention", "shuffled")]
             text += (
-                f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:.2f} with "
-                f"values, {means[1]:.2f} without, gain {value_text(data, 'effect_gain')}, permuted {means[2]:.2f}"
+                f"; rank correlation with the change of the head's output when a key is hidden: {means[0]:z.2f} with "
+                f"values, {means[1]:z.2f} without, gain {value_text(data, 'effect_gain')}, permuted {means[2]:z.2f}"
             )
         return with_note(f"{text}.", result)
 
@@ -228,11 +240,11 @@ def _read(
     classes: np.ndarray,
     maps: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
-    """Measures of each sequence and head of one layer [sequence, head]; sums of value norms by class."""
+    """Measures of each sequence and head of one layer [sequence, head]; "norms", sums by class [sequence, class]."""
     kind, draw = "pattern" if source == "pattern" else "attn_received", np.random.default_rng((probe.seed, layer))
     shape, width = store[kind, layer].shape[1:], int(np.prod(store["v", layer].shape[1:]))
     visible, k = np.arange(probe.length, 0, -1)[:, None], max(1, round(probe.top * probe.length))
-    parts, norms_of_class, first = [], np.zeros(len(TOKEN_CLASSES)), 0
+    parts, norms_of_class, first = [], np.zeros((len(sequences), len(TOKEN_CLASSES))), 0
     for rows in sequences.blocks(max(int(np.prod(shape)), width)):
         alpha, values = read_alpha(store, source, layer, rows), store["v", layer][rows].double()
         norms = for_query_heads(values, shape[0]).abs().sum(-1).numpy()
@@ -255,7 +267,8 @@ def _read(
             effect = removal_effects(pattern, values[known], maps)
             for name, scores in (("attention", mass), ("value", importance), ("shuffled", blind)):
                 part[f"effect_{name}"] = rank_correlation(scores[known], effect)
-        np.add.at(norms_of_class, classes[first : first + len(rows)], norms.mean(-1))
+        numbers = first + np.arange(len(rows))
+        np.add.at(norms_of_class, (numbers[:, None], classes[numbers]), norms.mean(-1))
         parts.append(part)
         first += len(rows)
     names = dict.fromkeys(name for part in parts for name in part)
@@ -298,14 +311,35 @@ def _summary(
         mean = np.nanmean(values[known], 1)
         interval = clustered_interval(mean, sequences.document[: len(values)][known], **settings)
         arrays |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
-    size = np.bincount(classes.ravel(), minlength=len(TOKEN_CLASSES))
-    norms = np.stack(by_layer["norms"], 1)
-    with np.errstate(invalid="ignore"):
-        arrays["class_norm"] = (norms / size[:, None]) / (norms.sum(0) / size.sum())
-    arrays |= {"class_tokens": size, "top_keys": max(1, round(probe.top * probe.length))}
-    counted = len(by_layer["effect_value"][0]) if "effect_value" in by_layer else 0
-    arrays |= {"effect_sequences": counted, "sequences": len(sequences), "short_sequences": sequences.short}
+    arrays |= _class_norms(np.stack(by_layer["norms"], 2), classes, sequences.document, settings)
+    arrays |= {"top_keys": max(1, round(probe.top * probe.length))}
+    effects = len(by_layer["effect_value"][0]) if "effect_value" in by_layer else 0
+    arrays |= {"effect_sequences": effects, "sequences": len(sequences), "short_sequences": sequences.short}
     return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def _class_norms(
+    norms: Float[np.ndarray, "sequence class layer"],
+    classes: Int[np.ndarray, "sequence position"],
+    document: Int[np.ndarray, " sequence"],
+    settings: Mapping[str, int],
+) -> dict[str, np.ndarray]:
+    """Mean norm of each class by the mean of all tokens, with intervals; numbers of tokens."""
+    documents, index = np.unique(document, return_inverse=True)
+    totals = np.zeros((len(documents), norms.shape[1] + 1, norms.shape[2]))
+    np.add.at(totals[:, :-1], index, norms)
+    totals[:, -1] = totals[:, :-1].sum(1)
+    counts = np.zeros(totals.shape[:2])
+    np.add.at(counts[:, :-1], (index[:, None], classes), 1)
+    counts[:, -1] = counts[:, :-1].sum(1)
+    tokens = np.broadcast_to(counts[:, :, None], totals.shape)
+    flat = (part.reshape(len(documents), -1) for part in (totals, tokens))
+    mean, resampled = resampled_means(*flat, **settings)
+    parts = mean.reshape(totals.shape[1:]), resampled.reshape(-1, *totals.shape[1:])
+    share, resampled_share = (part[..., :-1, :] / part[..., -1:, :] for part in parts)
+    low, high = intervals(resampled_share)
+    size = counts[:, :-1].sum(0).astype(np.int64)
+    return {"class_norm": share, "class_norm_low": low, "class_norm_high": high, "class_tokens": size}
 
 
 def _table(data: xr.Dataset) -> pd.DataFrame:
@@ -329,8 +363,9 @@ def _heads(result: Result) -> go.Figure:
         layers=layers,
         title=f"Attention and value-aware importance in {model_label(result)}: overlap {value_text(data, 'overlap')}",
         subtitle=f"share of the {int(data['top_keys'])} keys with most attention that are on top with value sizes; "
-        f"{int(data['sequences']):,} sequences",
+        f"{counted(data['sequences'], 'sequence')}",
         unit=axis_title(data["overlap_top"].attrs, "overlap"),
+        limits=colour_limits(data["overlap_top"].to_numpy()),
     )
 
 
@@ -340,23 +375,24 @@ def _hover(line: Mapping[str, Any]) -> str:
 
 
 def _classes(result: Result) -> go.Figure:
-    data = result.data
-    curves = {
-        f"{name} ({int(data['class_tokens'].sel({'class': name})):,})": data["class_norm"]
-        .sel({"class": name})
-        .to_numpy()
-        for name in data["class"].to_numpy().tolist()
-        if int(data["class_tokens"].sel({"class": name}))
-    }
-    figure = layer_curves(
-        curves,
+    data, bands = result.data, []
+    for name in data["class"].to_numpy().tolist():
+        at = data.sel({"class": name})
+        if int(at["class_tokens"]):
+            dash = "dash" if len(bands) >= len(CATEGORIES) else "solid"  # colours begin again
+            colour = CATEGORIES[len(bands) % len(CATEGORIES)]
+            curve = f"{name} ({int(at['class_tokens']):,})"
+            bands.append(Band(curve, at["class_norm"].to_numpy(), recorded_ends(at, "class_norm"), colour, dash))
+    drawn = any(band.ends is not None for band in bands)
+    figure = layer_bands(
+        bands,
         layers=data["layer"].to_numpy().tolist(),
         title=f"Value size by class of token in {model_label(result)}",
+        subtitle=f"tokens of {counted(data['sequences'], 'sequence')}; in brackets: tokens of the class"
+        + "; bands: 95 % intervals over documents" * drawn,
         unit=axis_title(data["class_norm"].attrs, "L1 norm"),
     )
-    trace: Any
-    for trace in list(figure.data)[len(CATEGORIES) :]:  # colours begin again
-        trace.update(line={"dash": "dash"})
+    figure.update_yaxes(rangemode="tozero")
     return figure.update_layout(
         width=900, legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     )

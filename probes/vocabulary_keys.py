@@ -25,7 +25,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from workbench.probing import (
+    CATEGORIES,
     LOST_VARIABLES,
+    NEUTRAL,
     Model,
     RequestError,
     Result,
@@ -38,6 +40,7 @@ from workbench.probing import (
     central,
     check_fields,
     clustered_interval,
+    counted,
     dataset,
     load_unembed,
     next_tokens,
@@ -123,10 +126,12 @@ class VocabularyKeys(StoreProbe):
         """
         unembed = load_unembed(store.path)
         if unembed.vocab < 2 * _RANKS:
-            raise RequestError(f"a vocabulary of {unembed.vocab} tokens has too few ranks; vocabulary-keys needs 200")
+            raise RequestError(
+                f"a vocabulary of {counted(unembed.vocab, 'token')} has too few ranks; vocabulary-keys needs 200"
+            )
         number = self.clusters or min(1024, unembed.vocab // 32)
         if number > unembed.vocab:
-            raise RequestError(f"clusters={number} of {unembed.vocab} tokens; choose fewer")
+            raise RequestError(f"clusters={number} of {counted(unembed.vocab, 'token')}; choose fewer")
         site = f"resid_post.{store.manifest.model.n_layers - 1}"
         store.require(site)
         chosen = selected_rows(store, self.where)
@@ -187,12 +192,13 @@ class VocabularyKeys(StoreProbe):
         value = {str(name): float(data[name]) for name in data.data_vars if not data[name].dims}
         permuted = float(data["share_permuted"].mean())
         ends = [100 * value[f"mean_share_{end}"] for end in ("low", "high")]
-        interval = "" if np.isnan(ends[0]) else f"95 % CI [{ends[0]:.0f}, {ends[1]:.0f}]; "
+        interval = "" if np.isnan(ends[0]) else f"95 % CI [{ends[0]:z.0f}, {ends[1]:z.0f}]; "
         text = (
-            f"{100 * value['mean_share']:.0f} % of the tokens of ranks 11 to 100 are in the clusters of the first 10 "
-            f"({interval}permuted clusters {100 * permuted:.0f} %; seeds of k-means differ by "
-            f"{100 * value['seed_spread']:.0f} points), {int(value['clusters'])} clusters; rank and cosine to the "
-            f"first key correlate by {value['spearman']:+.2f}; {_ratio_text(value)}."
+            f"{100 * value['mean_share']:z.0f} % of the tokens of ranks 11 to 100 are in the clusters of the first 10 "
+            f"({interval}permuted clusters {100 * permuted:z.0f} %; seeds of k-means differ by "
+            f"{100 * value['seed_spread']:z.0f} points), {counted(value['clusters'], 'cluster')}; rank and "
+            "cosine to the "
+            f"first key correlate by {value['spearman']:+z.2f}; {_ratio_text(value)}."
         )
         return with_note(text, result)
 
@@ -201,7 +207,7 @@ class VocabularyKeys(StoreProbe):
         """Returns "share", the share in main clusters by rank, and "cosine"."""
         data = result.data
         ranks = data["rank"].to_numpy()
-        about = f"{int(data['rows']):,} tokens, {int(data['clusters'])} clusters"
+        about = f"{counted(data['rows'], 'token')}, {counted(data['clusters'], 'cluster')}"
         later = ranks > _MAIN
         return {
             "share": _curves(
@@ -231,10 +237,10 @@ def _ratio_text(value: Mapping[str, float]) -> str:
     if np.isnan(value["next_ratio"]):
         return "no candidate of ranks 11 to 100 is the next token, or all are in main clusters"
     low, high = value["next_ratio_low"], value["next_ratio_high"]
-    interval = "" if np.isnan(low) else f"95 % CI [{low:.2f}, {high:.2f}], "
+    interval = "" if np.isnan(low) else f"95 % CI [{low:z.2f}, {high:z.2f}], "
     return (
-        f"at equal rank a candidate in a main cluster is the next token {value['next_ratio']:.2f} times as often "
-        f"({interval}permuted {value['next_ratio_permuted']:.2f})"
+        f"at equal rank a candidate in a main cluster is the next token {value['next_ratio']:z.2f} times as often "
+        f"({interval}permuted {value['next_ratio_permuted']:z.2f})"
     )
 
 
@@ -350,11 +356,14 @@ def _assign(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _curves(curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitle: str, names: tuple[str, str]) -> Any:
-    """One line for each entry of `curves` over common horizontal values; `names` title the axes."""
+    """A line and its control over common horizontal values; `names` title the axes."""
     import plotly.graph_objects as go
 
     lines = [
-        go.Scatter(x=x, y=y, mode="lines", name=name, hovertemplate="%{x}: %{y:.3f}") for name, y in curves.items()
+        go.Scatter(x=x, y=y, mode="lines", name=name, line=line, hovertemplate="%{x}: %{y:.3f}")
+        for (name, y), line in zip(
+            curves.items(), ({"color": CATEGORIES[0]}, {"color": NEUTRAL, "dash": "dash"}), strict=True
+        )
     ]
     figure = ThemedFigure(lines)
     figure.update_layout(

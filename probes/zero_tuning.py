@@ -41,6 +41,8 @@ from workbench.probing import (
     change_effects,
     check_fields,
     choose_layers,
+    colour_limits,
+    counted,
     dataset,
     document_halves,
     error_bars,
@@ -242,9 +244,11 @@ class ZeroTuning(LayerProbe):
         random = float(data["loss"].isel(gamma=best).sel(heads="tuned", key="random"))
         text = (
             f"Best factor {float(loss['gamma'][best]):g} in {int(np.nansum(data['tuned']))} tuned heads: loss "
-            f"{float(at['loss']):+.3f} nats{interval} on other documents (random key {random:+.3f}, temperature of the "
-            f"same entropy {float(at['loss_temperature']):+.3f}); mean a0 {float(data['a0'].mean()):.2f}, a0 (1 - a0) "
-            f"{float(data['sensitivity'].mean()):.3f} ({int(data['rows']):,} tokens)"
+            f"{float(at['loss']):+z.3f} nats{interval} on other documents (random key {random:+z.3f}, "
+            "temperature of the "
+            f"same entropy {float(at['loss_temperature']):+z.3f}); mean a0 {float(data['a0'].mean()):z.2f}, "
+            "a0 (1 - a0) "
+            f"{float(data['sensitivity'].mean()):z.3f} ({counted(data['rows'], 'token')})"
         )
         return with_note(f"{text}.", result)
 
@@ -256,12 +260,12 @@ class ZeroTuning(LayerProbe):
         sensitivity, weight = data["sensitivity"].to_numpy(), data["a0"].to_numpy()
         grid = head_grid(
             sensitivity,
-            hover=[[f"a0 {share:.3f}" for share in line] for line in weight],
+            hover=[[f"a0 {share:z.3f}" for share in line] for line in weight],
             layers=data["layer"].to_numpy().tolist(),
             title=f"Which heads can respond to gamma, {model}",
             subtitle="a0 (1 - a0): a head whose a0 is near 0 or near 1 cannot",
             unit="a0 (1 - a0)",
-            limits=(0.0, 0.25),
+            limits=colour_limits(sensitivity),
         )
         return {"loss": _sweep(result, model), "sensitivity": grid}
 
@@ -296,7 +300,7 @@ def _sweep(result: Result, model: str) -> go.Figure:
     lines = {
         "tuned heads": ("loss", "tuned", "initial", CATEGORIES[0], "solid"),
         "all heads": ("loss", "all", "initial", CATEGORIES[1], "solid"),
-        "tuned heads, random key": ("loss", "tuned", "random", NEUTRAL, "solid"),
+        "tuned heads, random key": ("loss", "tuned", "random", NEUTRAL, "dash"),
         "tuned heads, temperature of the same entropy": ("loss_temperature", "tuned", "initial", CATEGORIES[0], "dot"),
     }
     x = [f"{gamma:g}" for gamma in data["gamma"].to_numpy()]
@@ -311,7 +315,7 @@ def _sweep(result: Result, model: str) -> go.Figure:
     figure.update_layout(
         title={
             "text": f"Loss with attention to the initial token scaled, {model}",
-            "subtitle": {"text": f"{int(data['rows']):,} tokens; 95 % intervals over documents"},
+            "subtitle": {"text": f"{counted(data['rows'], 'token')}; 95 % intervals over documents"},
         },
         width=860,
         height=460,

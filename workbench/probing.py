@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from workbench.analysis.feed_forward import BlockParts, block_parts, contributions
     from workbench.analysis.first_key import first_key_rows, scaled_entropy, temperature_curve
     from workbench.analysis.frozen_norm import norm_bias, read_directions, single_tokens, token_id
+    from workbench.analysis.future_figures import (
+        LEARNED,
+        future_calibration,
+        prompt_precision,
+        prompt_ranks,
+        regime_name,
+        short_prompt,
+    )
     from workbench.analysis.future_maps import FutureMap, fit_direct, fit_linear
     from workbench.analysis.future_task import (
         FutureSplit,
@@ -59,7 +67,7 @@ if TYPE_CHECKING:
     from workbench.analysis.labelled_rows import LabelledRows, control_task, labelled_rows, shuffle_labels
     from workbench.analysis.least_squares import FoldedLeastSquares, document_folds
     from workbench.analysis.lens import LENS_VARIABLES, kl_slope, log_probabilities, read_lens
-    from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid
+    from workbench.analysis.lens_figures import lens_curves, lens_depth, lens_grid, mean_curves
     from workbench.analysis.linear_probe import (
         ProbeFit,
         Scored,
@@ -115,6 +123,7 @@ if TYPE_CHECKING:
         stack_layers,
         strongest_patterns,
     )
+    from workbench.analysis.recorded_intervals import error_bars_of, recorded_ends
     from workbench.analysis.repetition import repetition_probabilities
     from workbench.analysis.row_similarity import (
         Principal,
@@ -166,6 +175,7 @@ if TYPE_CHECKING:
     from workbench.corpus.prompt_pairs import PromptPairs
     from workbench.corpus.tokenizer import token_of_text, token_texts
     from workbench.figures.attention_map import head_attention
+    from workbench.figures.colour_limits import colour_limits
     from workbench.figures.error_bars import error_bars
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_hover, head_name, with_side_panel
@@ -174,6 +184,7 @@ if TYPE_CHECKING:
     from workbench.figures.layer_curves import layer_curves
     from workbench.figures.layer_grid import layer_grid
     from workbench.figures.layer_panels import Curve, Panel, layer_panels
+    from workbench.figures.log_axis import log_axis
     from workbench.figures.position_bars import position_bars
     from workbench.figures.safe_text import axis_title, label
     from workbench.figures.theme import CATEGORIES, MONOSPACE, NEUTRAL, PROBABILITY, SIGNED, TEMPLATE, colour_bar
@@ -182,6 +193,7 @@ if TYPE_CHECKING:
     from workbench.figures.token_grid import MAX_TOKENS, count_shown, token_grid
     from workbench.figures.token_strip import token_strip
     from workbench.io.checks import check, check_fields, check_kind
+    from workbench.io.counted import counted
     from workbench.io.errors import RequestError, nearest
     from workbench.io.progress import progress, with_progress
     from workbench.io.torch_state import plain_torch, usable_device
@@ -214,7 +226,9 @@ if TYPE_CHECKING:
     from workbench.results.bootstrap import (
         GroupMeans,
         Interval,
+        binned_ends,
         central,
+        clustered_ends,
         clustered_interval,
         clustered_means,
         group_means,

@@ -223,7 +223,7 @@ def test_pairs_that_the_model_does_not_know_are_left_out_and_counted(planted):
     data = patched(planted, [*good, swapped], site="resid_pre")
     assert data.sizes["pair"] == len(good)
     assert "1 of 7 pairs left out: the model does not give both right answers" in data.attrs["note"]
-    assert "none of 1 pairs can be used" in refused(RequestError, lambda: patched(planted, [swapped]))
+    assert "none of 1 pair can be used" in refused(RequestError, lambda: patched(planted, [swapped]))
 
 
 def test_pairs_with_labels_and_answers_come_from_a_store(tmp_path):

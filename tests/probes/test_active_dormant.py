@@ -73,7 +73,7 @@ def test_a_head_that_is_dormant_in_one_domain_and_active_in_the_other(planted):
     assert data["peak"].item() == pytest.approx(50)
     best = result.table.iloc[0]
     assert (best["head"], best["gap_most"], best["gap_least"]) == (0, "code", "wiki")
-    assert "1 heads differ between domains by more than permuted domains do" in result.headline()
+    assert "1 head differs between domains by more than permuted domains do" in result.headline()
     assert {*result.figures()} == {"heads", "phenomena", "domains"}
 
 

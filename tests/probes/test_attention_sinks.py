@@ -224,7 +224,8 @@ def test_what_was_not_recorded_is_left_out_and_said(tmp_path):
     store = plant(tmp_path / "s", [8], derived_arrays(["attn_received"]))
     result = run(store, length=8)
     assert {*result.data} == {
-        *("alpha", "sink_share", "sink_k", "sink", "sink_low", "sink_high", "reliable", "sequences", "short_sequences"),
+        *("alpha", "sink_share", "sink_k", "sink_k_low", "sink_k_high", "sink", "sink_low", "sink_high", "reliable"),
+        *("sequences", "short_sequences"),
         *("clipped", "nonfinite_rows"),
     }
     assert result.data.attrs["note"] == (

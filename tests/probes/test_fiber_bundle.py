@@ -62,7 +62,7 @@ def test_special_unseen_and_equal_rows_are_left_out():
     result = FiberBundle(row_limit=300).run(planted_weights(embedding, word_tokenizer(words)))
     assert int(result.data["points"]) == 296  # 298 words but two
     assert not set(result.data["token"].to_numpy()) & {0, 1, 300, 301, 302, 303, 304}
-    assert "2 tokens with the row of another one were left out" in result.headline()
+    assert "2 tokens with the row of another one left out" in result.headline()
     assert "60 neighbours are over a fiftieth of 296 tokens" in result.headline()
     assert result.data["text"].to_numpy()[0].startswith(" w")
 

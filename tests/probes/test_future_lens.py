@@ -404,7 +404,7 @@ def test_small_samples_are_noted(result, tmp_path):
     few = recorded(tmp_path, ids, one_hot(ids), one_hot(ids))
     small = FutureLens(**QUICK).run(few)
     assert small.data.attrs["note"] == (
-        "11 training rows are few for 5 x 5 maps; 25 or more are needed; intervals over 1 test documents, fewer than 10"
+        "11 training rows are few for 5 x 5 maps; 25 or more are needed; intervals over 1 test document, fewer than 10"
     )
     assert np.isnan(small.data["gain_low"]).all()
     assert small.headline().endswith(f"no interval from one document. Note: {small.data.attrs['note']}.")

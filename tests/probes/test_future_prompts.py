@@ -306,9 +306,9 @@ def test_result_table_figures_and_headline(result, tmp_path):
     assert FuturePrompts.headline(result).startswith("Top-1 accuracy at t+2: teacher-forced ")
     assert "test documents, fewer than 10" in FuturePrompts.headline(result)
     figures = FuturePrompts.figures(result)
-    assert len(figures["precision"].data) == 2 * 4 * (2 * 3 + 1)
+    assert len(figures["precision"].data) == 2 * 4 * (3 * 3 + 1)  # band, curve, zero state; bigram
     np.testing.assert_array_equal(
-        figures["precision"].data[0].y,
+        figures["precision"].data[1].y,
         data["precision"].sel(prompt=FEW.prompts[0], regime="teacher-forced", horizon=0, k=1),
     )
     assert len(figures["ranks"].data) == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from refusals import refused
 import workbench as wb
 from workbench.analysis.copying import copying_scores
 from workbench.experiments.controls import random_copy
+from workbench.figures.theme import NEUTRAL
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.unembed import load_unembed
@@ -236,7 +238,8 @@ def test_losses_are_those_of_the_model(tiny_models, llama_store):
 @pytest.fixture(scope="module")
 def demo_repeats():
     model = wb.load_model("demo", device="cpu")
-    return model, wb.record(model, wb.random_repeats(model.tokenizer, 8), sites=["pattern"], show_progress=False)
+    sites = ["pattern", "resid_post.3"]
+    return model, wb.record(model, wb.random_repeats(model.tokenizer, 8), sites=sites, show_progress=False)
 
 
 def test_the_embedded_model_has_induction_heads_and_its_random_copy_has_none(demo_repeats):
@@ -351,6 +354,29 @@ def test_ablation_of_the_demos_induction_heads_hurts_where_tokens_repeat(demo_re
     assert float(together["ablation_excess_low"].sel(group="after repeated tokens")) > 0.5
     assert abs(float(together["ablation"].sel(group="after new tokens"))) < 0.5
     assert "ablation" not in InductionHeads(resamples=5, ablated=0, device="cpu").run(store, model=model).data
+
+
+def test_figures_draw_the_intervals_of_their_points_and_controls_in_grey(demo_repeats):
+    model, store = demo_repeats
+    settings = {"ablated": 2, "ablation_controls": 1, "ablation_tokens": 300, "resamples": 50}
+    result = InductionHeads(layers=(1,), copying_tokens=50, **settings).run(store, model=model)
+    data, best, figures = result.data, result.table.head(12), result.figures()
+    for trace in figures["kinds"].data[:5]:
+        np.testing.assert_allclose(trace.error_y.array, best[f"{trace.name}_high"] - best[trace.name])
+        np.testing.assert_allclose(trace.error_y.arrayminus, best[trace.name] - best[f"{trace.name}_low"])
+    assert figures["kinds"].data[-1].marker.color == NEUTRAL  # black is invisible on a dark page
+    random = figures["ablation"].data[-1]
+    assert random.marker.color == NEUTRAL
+    first = data.isel(group=0)
+    np.testing.assert_allclose(random.error_y.array, first["ablation_random_high"] - first["ablation_random"])
+    (band, curve), known = figures["loss"].data, data["icl_tokens"].to_numpy() > 0
+    np.testing.assert_array_equal(curve.y, data["icl_loss"].to_numpy()[known])
+    assert len(band.y) == 2 * data["icl_loss_low"].notnull().sum()  # positions that several documents have
+    assert "queries in" in figures["kinds"].layout.title.subtitle.text
+    added = [f"{name}_{end}" for name in ("icl_loss", "ablation_random", "first") for end in ("low", "high")]
+    earlier = replace(result, data=data.drop_vars(added), table=result.table.drop(columns=["first_low", "first_high"]))
+    assert len(earlier.figures()["loss"].data) == 1
+    assert earlier.figures()["kinds"].data[4].error_y.array is None
 
 
 def test_a_model_without_other_heads_has_no_ablation_and_says_why(tiny_models, llama_store):

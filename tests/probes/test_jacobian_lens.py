@@ -211,7 +211,7 @@ def test_settings_choose_what_is_read(planted):
     assert int(lens.read(store, where="document < 3").data["rows"]) == 30
     reading = lens.read(store, row_limit=25)
     assert int(reading.data["rows"]) == 20  # whole sequences
-    assert "20 of 120 tokens were read" in reading.headline()
+    assert "20 of 120 tokens read" in reading.headline()
     assert int(lens.read(store, row_limit=4).data["rows"]) == 4
     assert lens.read(store, detail=15).data.sizes["row"] == 15
     assert lens.read(store, layers=(0,)).data["layer"].values.tolist() == [0]

@@ -138,7 +138,7 @@ def test_both_controls_by_hand():
         ({"label": "moood"}, "labels: no column 'moood'"),
         ({"label": "share"}, "label 'share' has values of type double; texts, integers or booleans are needed"),
         ({"label": "mood", "least": 100_000}, "label 'mood' has 0 values with 100000 tokens or more"),
-        ({"label": "mood", "where": "document = 0", "least": 1}, "store has 1 documents among the selected tokens"),
+        ({"label": "mood", "where": "document = 0", "least": 1}, "store has 1 document among the selected tokens"),
         ({"label": "mood", "layers": (0, 5)}, "layers: layer 5 was not recorded; recorded are 0, 1"),
         ({"label": "mood", "layers": ()}, "layers is empty"),
     ],

@@ -347,19 +347,16 @@ def test_the_headline_compares_with_a_uniform_guess_and_leaves_out_the_last_laye
 
 def test_every_variable_has_a_unit(llama_store):
     units = {name: variable.attrs["units"] for name, variable in LogitLens().run(llama_store).data.items()}
+    for name in [name for name in units if name.endswith(("_low", "_high"))]:
+        assert units.pop(name) == units[name.rpartition("_")[0]]
     nats = ["entropy", "kl", "js", "cross_entropy", "surprise"]
     assert units == {
-        **dict.fromkeys(nats, "nats"),
-        **dict.fromkeys([f"mean_{name}" for name in nats], "nats"),
+        **dict.fromkeys([*nats, *(f"mean_{name}" for name in nats), "uniform_cross_entropy"], "nats"),
         **dict.fromkeys(["mean_agreement", "mean_accuracy", "depth_share"], "share of tokens"),
         **dict.fromkeys(["tv", "mean_tv", "top_probability"], "probability"),
         **dict.fromkeys(["rows", "rows_with_next", "nonfinite_rows"], "tokens"),
-        "uniform_cross_entropy": "nats",
-        "clipped": "values",
-        "rank": "1 = top",
-        "top_id": "token id",
-        "prediction_depth": "index on the layer axis",
-        "error_auc": "area under the ROC curve",
+        **{"clipped": "values", "rank": "1 = top", "top_id": "token id"},
+        **{"prediction_depth": "index on the layer axis", "error_auc": "area under the ROC curve"},
     }
 
 
@@ -477,14 +474,16 @@ def test_hovering_tells_the_whole_cell(scripted):
 def test_the_curves_are_the_means(llama_store):
     result = LogitLens().run(llama_store)
     figure = result.figure("by_layer")
-    drawn = {curve.name: (list(curve.x), list(curve.y)) for curve in figure.data}
+    drawn = {curve.name: (list(curve.x), list(curve.y)) for curve in figure.data if curve.name}  # a band has no name
     layers = [0, 1, 2]
     assert drawn == {
         "entropy of the lens": (layers, result.data["mean_entropy"].values.tolist()),
         "KL(model ‖ lens)": (layers, result.data["mean_kl"].values.tolist()),
         "cross-entropy of the text": (layers, result.data["mean_cross_entropy"].values.tolist()),
     }
-    assert figure.layout.title.text == f"Logit lens of tiny-llama: mean over {llama_store.rows} tokens"
+    assert figure.layout.title.text == "Logit lens of tiny-llama"
+    subtitle = f"mean over {llama_store.rows} tokens; bands: 95 % intervals over documents"
+    assert figure.layout.title.subtitle.text == subtitle
     assert figure.layout.yaxis.title.text == "nats"
 
 

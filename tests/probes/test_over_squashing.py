@@ -88,7 +88,7 @@ def test_uniform_attention_without_positions_is_the_closed_form(tiny_models, tin
     assert float(exact["below_floor"].sum()) == 0
     assert float(coarse["final_inf"].sel(length=64)) <= float(coarse["floor"].sel(length=64))
     assert float(coarse["floor"].sel(length=64)) == 2.0 ** (np.floor(np.log2(np.abs(y).max())) - 7)
-    assert "bfloat16: constant from " in result.headline()
+    assert "in bfloat16: for constant inputs from " in result.headline()
 
 
 def test_the_spacing_of_a_type_is_the_distance_of_its_neighbours():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 
@@ -28,6 +29,7 @@ from workbench.probes import (
     TokenErasure,
     TunedLens,
 )
+from workbench.results.bootstrap import clustered_means
 
 PROBES = (
     LogitLens(),
@@ -42,9 +44,9 @@ PROBES = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def store(tmp_path_factory):
     sites = ("embed", "resid_pre.0", "attn_out", "mlp_out", "resid_post", "z", "pattern")
-    store = wb.record(
+    return wb.record(
         wb.load_model("demo"),
         demo_corpus()[::6],
         sites=sites,
@@ -53,6 +55,10 @@ def results(tmp_path_factory):
         out=tmp_path_factory.mktemp("all") / "demo.acts",
         show_progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def results(store):
     return {probe.name: probe.run(store) for probe in PROBES}
 
 
@@ -64,13 +70,21 @@ def decoded(value):
     return value
 
 
+def banded(data, name):
+    """The band of a curve over layers and the curve, as they are drawn; a single document has no interval."""
+    middle, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
+    if np.isnan(low).all():
+        return [{"y": middle}]
+    return [{"y": [*high, *low[::-1]]}, {"y": middle, "error_y.array": high - middle}]
+
+
 def lens(result):
     data, first = result.data, result.table["sequence"].iloc[0]
     rows = np.sort(result.table["row"][result.table["sequence"] == first].unique())
-    mean = {name: {"x": data["layer"], "y": data[f"mean_{name}"]} for name in ("entropy", "kl", "cross_entropy")}
+    means = [part for name in ("entropy", "kl", "cross_entropy") for part in banded(data, f"mean_{name}")]
     settled = np.append(data["layer"].astype(float), np.nan)[data["prediction_depth"].sel(row=rows)]
     grid = data["top_probability"].sel(row=rows[:28], top=1)
-    return {"grid": grid, "depth": settled}, list(mean.values())
+    return {"grid": grid, "depth": settled}, means
 
 
 def logit_lens(result):
@@ -80,7 +94,7 @@ def logit_lens(result):
 
 def tuned_lens(result):
     figures, means = lens(result)
-    by_layer = [{"x": result.data["layer"], "y": result.data[name]} for name in ("mean_kl", "logit_mean_kl")]
+    by_layer = [part for name in ("mean_kl", "logit_mean_kl") for part in banded(result.data, name)]
     return {**figures, "by_layer": by_layer, "losses": means}
 
 
@@ -101,11 +115,14 @@ def attention_sinks(result):
     causal = np.tril(np.ones((48, 48), bool))
     attention = [{"z": np.where(causal, pattern, np.nan)} for pattern in data["example_pattern"]]
     attention += [{"z": np.where(causal, np.nan, 1)}, {}]  # masked keys, small pictures
-    at_sink = [float(data["sink_high"] - data["sink"]), *[np.nan] * 40]
+    above = (data["sink_k_high"] - data["sink_k"]).to_numpy()
+    norm_bands = [part for kind in ("sink", "others") for part in banded(data, f"residual_norm_{kind}")]
     return {
         "sinks": [{"z": data["alpha"].sel(position=0)}, *({"x": norm} for norm in norms)],
-        "positions": [{"y": data["sink_k"][:41], "error_y.array": at_sink}, {"y": data["sink_k"][41:]}],
-        "norms": [{"y": norm} for norm in norms],
+        "positions": [
+            {"y": data["sink_k"][part], "error_y.array": above[part]} for part in (slice(41), slice(41, None))
+        ],
+        "norms": norm_bands,
         "domains": domains,
         "attention": attention,
     }
@@ -123,7 +140,7 @@ def future_lens(result):
     data, precision, calibration, gain = result.data, [], [{"x": [0, 1], "y": [0, 1]}], []
     for method in data["method"].to_numpy():
         for horizon in data["horizon"].to_numpy():
-            precision.append({"y": data["precision"].sel({"method": method, "horizon": horizon, "k": 1})})
+            precision += banded(data.sel({"method": method, "horizon": horizon, "k": 1}), "precision")
             precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
             middle, low, high = (
                 data[f"gain{end}"].sel({"method": method, "horizon": horizon}).to_numpy()
@@ -147,11 +164,11 @@ def future_prompts(result):
         for horizon in data["horizon"].to_numpy():
             part = data.sel(regime=regime, horizon=horizon)
             for prompt in data["prompt"].to_numpy():
-                precision.append({"y": part["precision"].sel(prompt=prompt, k=1)})
+                precision += banded(part.sel(prompt=prompt, k=1), "precision")
                 precision.append({"y": part["zero_precision"].sel(prompt=prompt)})
             precision.append({"y": [float(part["bigram_precision"])] * data.sizes["layer"]})
             best = part.isel(prompt=int(part["best_prompt"])).sel(layer=int(part["best_layer"]))
-            ranks.append({"y": best["precision"]})
+            ranks.append({"y": best["precision"], "error_y.array": best["precision_high"] - best["precision"]})
     return {"precision": precision, "ranks": ranks}
 
 
@@ -214,6 +231,37 @@ def test_figures_hold_what_their_result_holds(results, expected):
             for path, values in parts.items():
                 numbers = np.asarray(decoded(reduce(getitem, path.split("."), trace)), float)
                 np.testing.assert_allclose(numbers, np.asarray(values, float), rtol=1e-6, err_msg=f"{name} {path}")
+
+
+def test_means_of_a_lens_have_intervals_over_documents(results, store):
+    """Those of the rows that the result keeps, which are all rows here, by resampling documents row by row."""
+    data = results["logit-lens"].data
+    document = store.tokens["document"].to_numpy()[data["row"].to_numpy()]
+    for name in ("entropy", "kl", "cross_entropy"):
+        for layer in data["layer"].to_numpy():
+            at = data.sel(layer=layer)
+            _, drawn = clustered_means(at[name].to_numpy().astype(float)[:, None], document)
+            number = len(np.unique(document))
+            tail = scipy.stats.norm.cdf(-np.sqrt(number / (number - 1)) * scipy.stats.t.ppf(0.975, number - 1))
+            expected = np.nanquantile(drawn, [tail, 1 - tail])  # expanded for few documents, Hesterberg 2015
+            ends = [float(at[f"mean_{name}_{end}"]) for end in ("low", "high")]
+            np.testing.assert_allclose(ends, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
+def test_results_of_earlier_versions_draw_without_intervals(results, probe):
+    """Earlier results lack the intervals that were added since: none is drawn, and the values are the same."""
+    result = results[probe.name]
+    added = ("mean_", "logit_mean_", "precision", "bigram_precision", "sink_k", "residual_norm")
+    names = [name for name in map(str, result.data) if name.endswith(("_low", "_high")) and name.startswith(added)]
+    earlier = replace(result, data=result.data.drop_vars(names))
+    for name, figure in earlier.figures().items():
+        if names and name in ("by_layer", "losses", "norms", "precision", "ranks"):
+            curves = [trace for trace in result.figures()[name].data if not trace.meta]
+            assert len(figure.data) == len(curves), name  # the same without bands
+            for trace, curve in zip(figure.data, curves, strict=True):
+                assert trace.error_y.array is None, name
+                np.testing.assert_array_equal(trace.y, curve.y)
 
 
 def test_every_figure_of_every_probe_fits_a_column_of_print(results, tmp_path):

@@ -152,7 +152,7 @@ def test_one_document_has_no_interval_and_one_domain_no_gap(tmp_path):
     assert float(result.data["attention"][0, 0, 0]) == pytest.approx(0.3, abs=1e-6)
     assert np.isnan(result.data["attention_low"]).all()
     assert np.isnan(result.data["gap"]).all()
-    assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domains"
+    assert result.data.attrs["few"] == "only 2 sequences; fewer than 10 documents in 1 of 1 domain"
     assert "gap not computed: all sequences have the same source" in result.data.attrs["note"]
     assert AttentionSinks.headline(result).endswith(result.data.attrs["few"] + ".")
     assert list(AttentionSinks.figures(result)) == ["sinks", "positions", "attention"]
@@ -196,7 +196,7 @@ def test_figures_are_made_of_the_saved_result_alone(two_domains, tmp_path):
     reliable, unreliable = figures["positions"].data
     assert (len(reliable.x), len(unreliable.x)) == (9, 7)
     np.testing.assert_allclose([*reliable.y, *unreliable.y], result.data["sink_k"])
-    np.testing.assert_allclose(figures["norms"].data[0].y, result.data["residual_norm_sink"])
+    np.testing.assert_allclose(figures["norms"].data[1].y, result.data["residual_norm_sink"])
     domains = figures["domains"].data
     assert [trace.name.partition(" (")[0] for trace in domains] == ["&lt;b&gt;&#36;x&#36;", "web", "wiki"]
     assert domains[1].x == ("L0H0", "L0H1")

@@ -91,7 +91,7 @@ def test_scale_0_is_the_plain_model_and_the_control_has_the_norm(tiny, steered_s
     first = result.table[(result.table["scale"] == 0) & (result.table["prompt"] == 0)]
     np.testing.assert_allclose(first["log_probability"], logs[targets].logsumexp(0).item(), atol=1e-5)
     assert result.data.attrs["prompts"] == 2
-    assert result.data.attrs["note"] == "1 sequences left out: fewer than 4 tokens"
+    assert result.data.attrs["note"] == "1 sequence left out: fewer than 4 tokens"
     control = random_direction(direction, 0)
     assert float(control.vector.norm()) == pytest.approx(float(direction.vector.norm()), rel=1e-6)
     assert abs(control.cosine(direction)) < 0.6

@@ -13,7 +13,9 @@ from workbench.analysis.rows import split_by_document
 from workbench.io.errors import RequestError
 from workbench.results import bootstrap
 from workbench.results.bootstrap import (
+    binned_ends,
     central,
+    clustered_ends,
     clustered_interval,
     clustered_means,
     group_means,
@@ -41,6 +43,37 @@ def test_the_interval_is_that_of_documents_not_of_tokens():
     assert (interval.low, interval.high) == pytest.approx(student.interval(0.95), abs=0.06)
     tokens = clustered_interval(values, np.arange(2000), resamples=500)
     assert tokens.high - tokens.low < (interval.high - interval.low) / 5
+
+
+def tails(clusters: int) -> list[float]:
+    """Levels of the expanded percentile interval of Hesterberg 2015."""
+    tail = scipy.stats.norm.cdf(-math.sqrt(clusters / (clusters - 1)) * scipy.stats.t.ppf(0.975, clusters - 1))
+    return [tail, 1 - tail]
+
+
+def test_ends_of_several_statistics_are_those_of_each_alone():
+    draw = np.random.default_rng(0)
+    values, document = draw.normal(size=(40, 2, 3)), draw.integers(7, size=40)
+    low, high = clustered_ends(values, document, resamples=50, seed=2)
+    assert low.shape == high.shape == (2, 3)
+    for at in np.ndindex(2, 3):
+        interval = clustered_interval(values[:, *at], document, resamples=50, seed=2)
+        drawn = clustered_means(values[:, *at, None], document, resamples=50, seed=2)[1][:, 0]
+        assert (low[at], high[at]) == pytest.approx(tuple(np.quantile(drawn, tails(7))))
+        assert low[at] < interval.mean < high[at]
+    assert np.isnan(clustered_ends(values, np.zeros(40), resamples=50)).all()  # one document
+    assert np.isnan(clustered_ends(values[:0], document[:0], resamples=50)).all()  # no row
+
+
+def test_ends_of_bins_are_those_of_the_rows_of_each_bin():
+    draw = np.random.default_rng(1)
+    values, bins, document = draw.normal(size=60), draw.integers(3, size=60), draw.integers(8, size=60)
+    low, high = binned_ends(values, bins, document, resamples=400)
+    for place in range(3):
+        rows = np.where(bins == place, values, np.nan)[:, None]
+        number = len(np.unique(document[bins == place]))
+        ends = np.nanquantile(clustered_means(rows, document, resamples=400)[1], tails(number))
+        assert (low[place], high[place]) == pytest.approx(tuple(ends))
 
 
 def test_long_documents_weigh_more():

@@ -16,7 +16,11 @@ from workbench.results.variable import Variable, with_interval
 _AXES = ("ablated", "group")
 ABLATION_VARIABLES: tuple[Variable, ...] = (
     *with_interval(Variable("ablation", _AXES, "nats", "loss with the heads at their mean, less the loss", "0")),
-    Variable("ablation_random", _AXES, "nats", "the same of as many random heads of the same layers, mean over draws"),
+    *with_interval(
+        Variable(
+            "ablation_random", _AXES, "nats", "the same of as many random heads of the same layers, mean over draws"
+        )
+    ),
     *with_interval(Variable("ablation_excess", _AXES, "nats", "ablation less ablation_random", "0")),
     Variable("ablation_tokens", ("group",), "tokens", "tokens that the loss is measured at"),
 )
@@ -55,7 +59,7 @@ def ablated_heads(
         for name, kind in kinds.items()
     }
     arrays = {name: part[..., 0] for name, part in parts.items()}
-    for name in ("ablation", "ablation_excess"):
+    for name in kinds:
         arrays |= {f"{name}_low": parts[name][..., 1], f"{name}_high": parts[name][..., 2]}
     arrays["ablation_tokens"] = np.array([len(group) for group in rows.groups.values()])
     return arrays, {"ablated": list(sets), "group": list(rows.groups)}

@@ -161,4 +161,4 @@ def ablated_logit_text(data: Any, replacement: str) -> str:
     interval = interval_suffix(low, high)
     value = "its mean" if replacement == "mean" else "0"
     name = data["term"].to_numpy()[term]
-    return f"with {name} set to {value} it loses {loss:.2f}{interval} (direct contribution there {direct:.2f})"
+    return f"with {name} set to {value} it loses {loss:z.2f}{interval} (direct contribution there {direct:z.2f})"

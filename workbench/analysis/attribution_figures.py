@@ -11,6 +11,7 @@ from workbench.figures.head_grid import head_grid, head_name
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
 from workbench.figures.themed import ThemedFigure
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _KINDS = {
@@ -49,7 +50,7 @@ def attribution_bars(result: Result, quantity: str) -> go.Figure:
         x=top_terms["control"],
         mode="markers",
         name="random tokens",
-        marker={"color": "#000000", "symbol": "line-ns-open", "size": 9},
+        marker={"color": NEUTRAL, "symbol": "line-ns-open", "size": 9},
         hovertemplate="%{y}, random tokens: %{x:.3f}<extra></extra>",
     )
     left_out = len(table) - len(top_terms)
@@ -73,7 +74,7 @@ def attribution_heads(result: Result, quantity: str) -> go.Figure:
     values = heads.pivot(index="layer", columns="index", values="contribution")
     limit = float(np.nanmax(np.abs(values.to_numpy(dtype=float)))) or 1.0
     hover = [
-        [f"{head_name(int(layer), int(head))}: {values.loc[layer, head]:.3f}" for head in values.columns]
+        [f"{head_name(int(layer), int(head))}: {values.loc[layer, head]:z.3f}" for head in values.columns]
         for layer in values.index
     ]
     figure = head_grid(
@@ -111,8 +112,11 @@ def attribution_grid(result: Result, quantity: str) -> go.Figure:
             colorbar=colour_bar("logits"),
         )
     )
+    all_terms, tokens = len(terms), result.data.sizes["token"]
+    largest = f"the {len(top_terms)} of {all_terms:,} terms with the largest contribution to a token"
+    subtitle = f"{largest if len(top_terms) < all_terms else 'all terms'}; {len(texts)} of {counted(tokens, 'token')}"
     figure.update_layout(
-        title={"text": sentence(f"By token: {quantity}"), "subtitle": {"text": "contribution of each term"}},
+        title={"text": sentence(f"By token: {quantity}"), "subtitle": {"text": subtitle}},
         width=max(640, 260 + 26 * len(texts)),
         height=200 + 22 * len(top_terms),
     )

@@ -12,6 +12,7 @@ from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, MARKERS, NEUTRAL, colour_bar
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _SHOWN = 24  # terms in the bars
@@ -50,7 +51,7 @@ def estimate_scatter(data: Any, site: str) -> go.Figure:
         ]
     )
     units = sentence(str(data.attrs["metric_units"]))
-    subtitle = f"{len(x):,} cells of {data.sizes['exact_pair']} pairs; dashed: estimate = exact"
+    subtitle = f"{counted(len(x), 'cell')} of {counted(data.sizes['exact_pair'], 'pair')}; dashed: estimate = exact"
     figure.update_layout(
         title={"text": sentence(f"Estimated against exact patching: {site}"), "subtitle": {"text": subtitle}},
         width=680,
@@ -79,7 +80,7 @@ def correlation_lines(data: Any, site: str) -> go.Figure:
     figure.update_layout(
         title={
             "text": sentence(f"Estimated and exact patching of {site}, by layer"),
-            "subtitle": {"text": f"correlation over cells, 95 % CI over {data.sizes['exact_pair']} pairs"},
+            "subtitle": {"text": f"correlation over cells, 95 % CI over {counted(data.sizes['exact_pair'], 'pair')}"},
         },
         width=760,
         height=420,

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from workbench.analysis.rows import next_tokens, selected_rows
+from workbench.io.counted import counted
 from workbench.io.errors import DataError, RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
@@ -97,7 +98,11 @@ def document_halves(
         return rows, rows, "chosen and measured on the same document"
     first = np.isin(document, documents[: len(documents) // 2])
     document_count = len(documents) - len(documents) // 2
-    return rows[first], rows[~first], f"intervals over {document_count} documents" if document_count < 10 else ""
+    return (
+        rows[first],
+        rows[~first],
+        f"intervals over {counted(document_count, 'document')}" if document_count < 10 else "",
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from workbench.io.checks import check, check_kind
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
 from workbench.store.lost_values import lost_values, refuse_nonfinite
@@ -78,7 +79,7 @@ def principal_directions(rows: Rows, site: str, layer: int | None = None, n: int
     covariance /= len(rows)
     total = float(np.trace(covariance))
     if not total:
-        raise RequestError(f"{label} is the same on all {len(rows):,} rows and has no principal directions")
+        raise RequestError(f"{label} is the same on all {counted(len(rows), 'row')} and has no principal directions")
     values, vectors = np.linalg.eigh(covariance)
     directions = []
     for place in range(n):

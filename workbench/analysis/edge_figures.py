@@ -7,9 +7,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 from workbench.figures.error_bars import error_bars
+from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL
 from workbench.figures.themed import ThemedFigure
+from workbench.io.counted import counted
 
 _SHOWN = 24
 _ARROW = "\u2192"
@@ -38,13 +40,14 @@ def faithfulness_curve(data: Any) -> go.Figure:
         title={
             "text": "Faithfulness of the best edges",
             "subtitle": {
-                "text": f"kept edges clean, others corrupt; {total:,} edges, 95 % CI over {data.sizes['pair']} pairs"
+                "text": f"kept edges clean, others corrupt; {counted(total, 'edge')}, 95 % CI over "
+                f"{counted(data.sizes['pair'], 'pair')}"
             },
         },
         width=760,
         height=460,
     )
-    figure.update_xaxes(title="kept edges", type="log")
+    figure.update_xaxes(title="kept edges", **log_axis(sizes))
     return figure.update_yaxes(title="share of the gap that comes back")
 
 

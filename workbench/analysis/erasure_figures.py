@@ -8,10 +8,11 @@ import plotly.graph_objects as go
 
 from workbench.analysis.store_probe import model_label
 from workbench.figures.error_bars import error_bars
-from workbench.figures.safe_text import axis_title, label
+from workbench.figures.safe_text import axis_title, label, sentence
 from workbench.figures.theme import CATEGORIES, SIGNED
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
+from workbench.io.counted import counted
 from workbench.results.result import Result
 
 _SHOWN = 40
@@ -67,9 +68,8 @@ def vocabulary_bars(result: Result) -> go.Figure:
         of_kind = (best["is_span"] == is_word).to_numpy()
         labels = [name for name, keep in zip(names, of_kind, strict=True) if keep]
         figure.add_bar(x=best["psi"][of_kind], y=labels, name=name, orientation="h")
-    subtitle = (
-        f"{len(best)} of {len(spans):,} spans of several tokens (occurrences); {label(result.data.attrs['spans'], 60)}"
-    )
+    shown = f"{len(best)} of {counted(len(spans), 'span')} of several tokens (occurrences)"
+    subtitle = f"{shown}; {sentence(str(result.data.attrs['spans']))}"
     figure.update_layout(
         title={"text": f"Implicit vocabulary of {model_label(result)}", "subtitle": {"text": subtitle}},
         width=760,
@@ -99,7 +99,7 @@ def segment_bars(result: Result) -> go.Figure:
     figure.update_layout(
         title={
             "text": f"Segmentation of sequence {int(segments['sequence'].iloc[0])} by {model_label(result)}",
-            "subtitle": {"text": f"the first {len(segments)} of {total:,} segments"},
+            "subtitle": {"text": f"the first {len(segments)} of {counted(total, 'segment')}"},
         },
         width=760,
         height=160 + 18 * len(segments),

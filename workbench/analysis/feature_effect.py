@@ -20,6 +20,7 @@ from workbench.features.labels import with_names
 from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
 from workbench.io.checks import check, check_resampling
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -202,7 +203,7 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
         replaced_rows = np.zeros(store.rows, bool)
         replaced_rows[chosen_rows.ids_in(store)] = True
     if not replaced_rows.any():
-        raise RequestError(f"rows: none of the {store.rows} rows of {store.path} is selected; choose others")
+        raise RequestError(f"rows: none of the {counted(store.rows, 'row')} of {store.path} is selected; choose others")
     sequence = store.tokens["sequence"].to_numpy()
     measured_rows = text & np.isin(sequence, np.unique(sequence[replaced_rows]))
     if not measured_rows.any():

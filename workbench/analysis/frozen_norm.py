@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from workbench.io.checks import check
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def token_id(unembed: Unembed, token: str | int, name: str = "tokens") -> int:
         return matches[0]
     if matches:
         raise RequestError(
-            f"{name}: {len(matches)} tokens have this text: {', '.join(map(str, matches[:5]))}; give the id"
+            f"{name}: {counted(len(matches), 'token')} have this text: {', '.join(map(str, matches[:5]))}; give the id"
         )
     close = nearest(token, texts) if unembed.tokens else "; the model has no tokenizer, so id 7 is the token '7'"
     raise RequestError(f"{name}: {token!r} is no single token{close}")

@@ -21,6 +21,7 @@ from workbench.analysis.lens import log_probabilities
 from workbench.analysis.rows import blocks, next_tokens
 from workbench.analysis.store_probe import StoreProbe
 from workbench.io.checks import check_fields
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.results.bootstrap import clustered_means, intervals
@@ -177,7 +178,7 @@ def note_own_output(output: int | None, layers: Sequence[int]) -> str:
 
 def note_few_documents(documents: int) -> str:
     """Returns a note where an interval is over fewer than 10 test documents, else ""."""
-    few = f"intervals over {documents} test documents, fewer than {_FEW_DOCUMENTS}"
+    few = f"intervals over {counted(documents, 'test document')}, fewer than {_FEW_DOCUMENTS}"
     return few if documents < _FEW_DOCUMENTS else ""
 
 

@@ -75,7 +75,7 @@ def _hover(data: xr.Dataset, part: xr.Dataset, texts: Mapping[str, list[list[str
     predicted, model, text = (label(texts[name][horizon][column]) for name in ("top", "said", "text"))
     lines = [
         f"<b>{tokens_ahead(horizon)}, {method} probe, layer {int(at['best_layer'])}</b>",
-        f"predicted: {predicted}, probability {float(at['top_probability']):.3f}",
+        f"predicted: {predicted}, probability {float(at['top_probability']):z.3f}",
         f"model: {model}",
         *([f"text: {text}"] if int(at["text_id"]) >= 0 else []),
     ]

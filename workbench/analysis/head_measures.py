@@ -37,7 +37,7 @@ class HeadMeasure:
     null: str
     """Value under the null."""
     limits: tuple[float, float] | None = (0.0, 1.0)
-    """Range of its colours; None: that of its values."""
+    """Range of its possible values; None: unknown. Colours end at the largest value that was measured."""
     read: Callable[[Result], xr.DataArray] | None = None
     """Reads it from a result; None: it is the variable."""
 

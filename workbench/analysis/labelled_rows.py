@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, Int64
 from workbench.analysis.rows import split_by_document
 from workbench.corpus.places import NEXT, PLACE_SCHEMA
 from workbench.features.queries import coded_labels, label_columns, text_rows
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 from workbench.store.token_table import COLUMNS
@@ -86,7 +87,7 @@ def labelled_rows(
     codes = np.where(np.isin(codes, order[:most]), codes, -1)
     rows = np.flatnonzero(codes >= 0)
     if len(rows) > row_limit:
-        notes.append(f"{row_limit:,} of {len(rows):,} tokens used, drawn at random")
+        notes.append(f"{row_limit:,} of {counted(len(rows), 'token')} used, drawn at random")
         rows = np.sort(np.random.default_rng(seed).choice(rows, row_limit, replace=False))
     if len(order) < 2:
         tokens = f"{least} tokens or more, and not all, of the {int(text.sum()):,} selected tokens of text"

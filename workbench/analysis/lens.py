@@ -23,7 +23,8 @@ from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import Unembed, load_unembed
-from workbench.results.variable import Variable, dataset
+from workbench.results.bootstrap import intervals, resampled_means
+from workbench.results.variable import Variable, dataset, with_interval
 from workbench.store.reader import Store
 
 Translate = Callable[[int, Tensor], Tensor]
@@ -54,15 +55,18 @@ _SHARES = (
 LENS_VARIABLES: tuple[Variable, ...] = (
     *_STATISTICS,
     *(
-        Variable(
-            f"mean_{statistic.name}",
-            _MEAN,
-            statistic.units,
-            f"{statistic.meaning}; mean over all selected tokens",
-            statistic.null,
-        )
+        variable
         for statistic in (*_STATISTICS, *_SHARES)
         if statistic.name in _MEANS
+        for variable in with_interval(
+            Variable(
+                f"mean_{statistic.name}",
+                _MEAN,
+                statistic.units,
+                f"{statistic.meaning}; mean over all selected tokens",
+                statistic.null,
+            )
+        )
     ),
     Variable(
         "depth_share",
@@ -135,7 +139,7 @@ def read_lens(
         raise RequestError(f"top_k is {top_k} and the vocabulary has {unembed.vocab}; give at most that")
     targets = next_tokens(store)[rows]
     details = _Details(len(layers), min(detail, len(rows)), top_k)
-    totals = _Totals(len(layers), targets)
+    totals = _Totals(len(layers), targets, store.tokens["document"].to_numpy()[rows])
     read = _Reader(store, unembed, top_k, translate)
     with progress("reading the lens", len(layers) * len(rows), "rows") as tick:
         for block in blocks(len(rows), unembed.vocab):
@@ -403,30 +407,41 @@ class _Details:
 
 
 class _Totals:
-    """Running sums over all rows, in float64, and the values that are ranked over all of them."""
+    """Running sums over the rows of each document, in float64, and the values that are ranked over all rows."""
 
-    def __init__(self, layers: int, targets: Int[np.ndarray, " row"]) -> None:
+    def __init__(self, layers: int, targets: Int[np.ndarray, " row"], document: Int[np.ndarray, " row"]) -> None:
         rows = len(targets)
-        self.sums = {name: np.zeros(layers) for name in _MEANS}
-        self.rows, self.targets = np.zeros(layers), np.zeros(layers)
+        self.documents, self.document = np.unique(document, return_inverse=True)
+        shape = (len(self.documents), layers)
+        self.sums = {name: np.zeros(shape) for name in _MEANS}
+        self.rows, self.targets = np.zeros(shape), np.zeros(shape)
         self.depth = np.zeros(layers + 1, np.int64)
         self.surprise = np.zeros((layers, rows), np.float32)
         self.known, self.right = targets >= 0, np.zeros(rows, bool)
 
     def add(self, layer: int, block: slice, statistics: dict[str, Tensor]) -> None:
-        has_target = torch.from_numpy(self.known[block])
-        self.rows[layer] += len(has_target)
-        self.targets[layer] += int(has_target.sum())
+        document, has_target = self.document[block], self.known[block]
+
+        def by_document(values: np.ndarray | None, mask: np.ndarray | slice) -> np.ndarray:
+            weights = None if values is None else values[mask]
+            return np.bincount(document[mask], weights, len(self.documents))
+
+        self.rows[:, layer] += by_document(None, slice(None))
+        self.targets[:, layer] += by_document(None, has_target)
         for name, sums in self.sums.items():
-            values = statistics[name]
-            counted_values = values[has_target] if name in ("cross_entropy", "accuracy") else values
-            sums[layer] += counted_values.double().sum().item()
+            mask = has_target if name in ("cross_entropy", "accuracy") else slice(None)
+            sums[:, layer] += by_document(statistics[name].double().numpy(), mask)
         self.surprise[layer, block] = statistics["surprise"].numpy()
 
     def means(self) -> dict[str, np.ndarray]:
-        counts = {"cross_entropy": self.targets, "accuracy": self.targets}
-        with np.errstate(invalid="ignore"):  # no token has a successor: the mean of nothing is NaN
-            return {name: total / counts.get(name, self.rows) for name, total in self.sums.items()}
+        """Means by layer, NaN where no token has a successor, and their intervals."""
+        counts, means = {"cross_entropy": self.targets, "accuracy": self.targets}, {}
+        for name, total in self.sums.items():
+            number = counts.get(name, self.rows)
+            mean, resampled = resampled_means(total, number)
+            low, high = intervals(resampled, (number > 0).sum(0))
+            means |= {f"mean_{name}": mean, f"mean_{name}_low": low, f"mean_{name}_high": high}
+        return means
 
     def error_auc(self) -> np.ndarray:
         wrong = ~self.right[self.known]
@@ -438,13 +453,13 @@ def _dataset(
 ) -> xr.Dataset:
     arrays = {
         **details.arrays,
-        **{f"mean_{name}": mean for name, mean in totals.means().items()},
+        **totals.means(),
         "depth_share": totals.depth[:-1] / len(rows),
         "error_auc": totals.error_auc(),
         "prediction_depth": details.depth,
         "uniform_cross_entropy": math.log(vocab),
         "rows": len(rows),
-        "rows_with_next": int(totals.targets[0]),
+        "rows_with_next": int(totals.targets[:, 0].sum()),
     }
     coords = {"layer": layers, "row": rows[: details.rows], "top": np.arange(1, details.arrays["top_id"].shape[2] + 1)}
     return dataset(LENS_VARIABLES, arrays, coords)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.analysis.recorded_intervals import recorded_ends
 from workbench.analysis.store_probe import model_label
-from workbench.figures.layer_curves import layer_curves
+from workbench.figures.layer_bands import Band, layer_bands
 from workbench.figures.safe_text import axis_title, label
+from workbench.figures.theme import CATEGORIES
 from workbench.figures.token_grid import MAX_TOKENS, Marks, count_shown, token_grid
 from workbench.figures.token_strip import token_strip
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.results.result import Result
 
@@ -120,11 +124,11 @@ def _hover(row: dict[str, Any]) -> str:
     lines = [f"<b>layer {row['layer']}, position {row['position']}, token {label(row['token'])}</b>"]
     k = 1
     while f"top_token_{k}" in row:
-        lines.append(f"{row[f'top_probability_{k}']:.3f}  {label(row[f'top_token_{k}'])}")
+        lines.append(f"{row[f'top_probability_{k}']:z.3f}  {label(row[f'top_token_{k}'])}")
         k += 1
-    lines.append(f"entropy {row['entropy']:.3f} nats, KL to output {row['kl']:.3f} nats")
+    lines.append(f"entropy {row['entropy']:z.3f} nats, KL to output {row['kl']:z.3f} nats")
     if row["rank"]:
-        lines.append(f"next {label(row['next_token'])}: rank {row['rank']}, {row['cross_entropy']:.3f} nats")
+        lines.append(f"next {label(row['next_token'])}: rank {row['rank']}, {row['cross_entropy']:z.3f} nats")
     return "<br>".join(lines)
 
 
@@ -134,12 +138,31 @@ def _brief(row: dict[str, Any]) -> str:
 
 def lens_curves(result: Result) -> go.Figure:
     """Returns mean entropy, KL(model || lens) and cross-entropy of the text by layer."""
-    data = result.data
     names = {"entropy": "entropy of the lens", "kl": "KL(model ‖ lens)", "cross_entropy": "cross-entropy of the text"}
-    rows = int(data["rows"])
-    return layer_curves(
-        {curve_name: data[f"mean_{name}"].to_numpy() for name, curve_name in names.items()},
+    curves = {f"mean_{name}": curve for name, curve in names.items()}
+    return mean_curves(result, curves, title=f"{_lens(result)} of {model_label(result)}")
+
+
+def mean_curves(result: Result, names: Mapping[str, str], *, title: str, tokens: str = "token") -> go.Figure:
+    """Returns means over tokens by layer, with bands between the ends of their intervals.
+
+    Args:
+        result: The result of a lens.
+        names: Variable over layers to the name of its curve, as plotly text.
+        title: Title, as plotly text.
+        tokens: Noun of the tokens that the means are over, in the singular.
+    """
+    data = result.data
+    bands = [
+        Band(name, data[variable].to_numpy(), recorded_ends(data, variable), colour)
+        for (variable, name), colour in zip(names.items(), CATEGORIES, strict=False)
+    ]
+    drawn = any(band.ends is not None for band in bands)
+    figure = layer_bands(
+        bands,
         layers=data["layer"].to_numpy().tolist(),
-        title=f"{_lens(result)} of {model_label(result)}: mean over {rows:,} tokens",
-        unit=axis_title(data["mean_entropy"].attrs),
+        title=title,
+        subtitle=f"mean over {counted(data['rows'], tokens)}" + "; bands: 95 % intervals over documents" * drawn,
+        unit=axis_title(data[next(iter(names))].attrs),
     )
+    return figure.update_yaxes(rangemode="tozero")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.frozen_norm import ids_of_values, single_tokens, token_id, vocabulary_texts
 from workbench.analysis.rows import blocks, next_tokens
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.direction import Direction
 from workbench.model.unembed import Unembed
@@ -71,7 +72,7 @@ class LogitTargets:
         missing = int((~targets.known).sum())
         if missing == len(rows):
             raise RequestError("no selected row has a single token to decompose; name token, or other rows by where")
-        note = f"{missing:,} of {len(rows):,} rows left out: no single token is named there" if missing else ""
+        note = f"{missing:,} of {counted(len(rows), 'row')} left out: no single token is named there" if missing else ""
         return replace(targets, note=note)
 
     @classmethod

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from workbench.analysis.read_layers import layers_of
 from workbench.analysis.sequences import Sequences
+from workbench.results.bootstrap import clustered_ends
 from workbench.store.reader import Store
 
 
@@ -34,29 +35,41 @@ def value_norms(
     site = value_site(store, layer)
     array, vectors = store[site], site.startswith("v.")
     sums = [
-        _at_position_and_others(_norm(array[rows].double().numpy(), vectors), position)
+        _at_position_and_others(_norm(array[rows].double().numpy(), vectors), position).sum(1)
         for rows in sequences.blocks(int(np.prod(array.shape[1:])))
     ]
     return np.sum(sums, axis=0) / len(sequences)
 
 
 def residual_norms(
-    store: Store, layer: int, sequences: Sequences, position: int, *, absolute: float, relative: float
+    store: Store,
+    layer: int,
+    sequences: Sequences,
+    position: int,
+    *,
+    absolute: float,
+    relative: float,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Returns the mean norm of the residual stream at a position and at the others, their ratio, and `massive_shares`.
+    """Returns mean norms of the residual stream with 95 % intervals over documents, and `massive_shares`.
 
-    The latter are left out where only `resid_norm` was recorded.
+    The norms are those at a position and at the others, and their ratio. The shares are left out where only
+    `resid_norm` was recorded.
     """
     site = residual_site(store, layer)
-    array, whole, sums, largest = store[site], site.startswith("resid_post."), [], []
+    array, whole, parts, largest = store[site], site.startswith("resid_post."), [], []
     for rows in sequences.blocks(int(np.prod(array.shape[1:]))):
         hidden = array[rows].double().numpy()
-        sums.append(_at_position_and_others(_norm(hidden, whole), position))
+        parts.append(_at_position_and_others(_norm(hidden, whole), position).reshape(2, len(rows), -1).mean(2))
         if whole:
             largest += [massive_activation(matrix.reshape(len(matrix), -1)) for matrix in hidden]
-    position_norm, other_norm = (np.sum(sums, axis=0) / len(sequences)).reshape(2, -1).mean(1).tolist()
-    norms = {"residual_norm_sink": position_norm, "residual_norm_others": other_norm}
-    norms["residual_norm_ratio"] = ratio(position_norm, other_norm)
+    by_sequence = np.concatenate(parts, 1).T
+    ends = clustered_ends(by_sequence, sequences.document, resamples=resamples, seed=seed)
+    norms = {}
+    for end, values in zip(("", "_low", "_high"), (by_sequence.mean(0), *ends), strict=True):
+        norms |= {f"residual_norm_sink{end}": float(values[0]), f"residual_norm_others{end}": float(values[1])}
+    norms["residual_norm_ratio"] = ratio(norms["residual_norm_sink"], norms["residual_norm_others"])
     return norms | (massive_shares(np.array(largest, dtype=np.float64), absolute, relative) if largest else {})
 
 
@@ -98,10 +111,10 @@ def massive_text(data: xr.Dataset) -> str:
     layers = data[names].dropna("layer")
     at = layers.isel(layer=int(np.lexsort((layers["massive_top"].to_numpy(), layers["massive"].to_numpy()))[-1]))
     share, size, median, position, dimension = (float(at[name]) for name in names)
-    times = f", {size / median:,.0f} times the median" if median else ""
-    place = f"layer {int(at['layer'])}, position {position:.0f}, dimension {dimension:.0f}"
-    summary = f"massive activations in {100 * share:.0f} % of sequences" if share else "no massive activations"
-    mean = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+    times = f", {size / median:z,.0f} times the median" if median else ""
+    place = f"layer {int(at['layer'])}, position {position:z.0f}, dimension {dimension:z.0f}"
+    summary = f"massive activations in {100 * share:z.0f} % of sequences" if share else "no massive activations"
+    mean = f"{size:z,.0f}" if size >= 1000 else f"{size:.3g}"
     return f"{summary}: the largest of a sequence is {mean} on average{times} ({place})"
 
 
@@ -140,5 +153,5 @@ def _norm(x: np.ndarray, vectors: bool) -> np.ndarray:
 
 
 def _at_position_and_others(norms: Float[np.ndarray, "sequence place *head"], position: int) -> np.ndarray:
-    """[position or others, *head]: summed over sequences, the others as their mean in each."""
-    return np.stack([norms[:, position].sum(0), np.delete(norms, position, axis=1).mean(1).sum(0)])
+    """[position or others, sequence, *head], the others as their mean in each sequence."""
+    return np.stack([norms[:, position], np.delete(norms, position, axis=1).mean(1)])

@@ -17,6 +17,7 @@ from workbench.analysis.frozen_norm import ids_of_values, single_tokens
 from workbench.corpus.prompt_pairs import PromptPairs
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_kind
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.model.reload import recorded_model
 
@@ -59,7 +60,7 @@ def of_usual_length(pairs: Sequence[PatchPair]) -> tuple[list[PatchPair], list[s
     usual = max(sorted(set(lengths)), key=lengths.count)
     usual_pairs = [pair for pair in pairs if len(pair.clean) == usual]
     dropped_count = len(pairs) - len(usual_pairs)
-    return usual_pairs, [f"{dropped_count} pairs left out: not of {usual} tokens"] if dropped_count else []
+    return usual_pairs, [f"{counted(dropped_count, 'pair')} left out: not of {usual} tokens"] if dropped_count else []
 
 
 def recorded_pairs(
@@ -80,7 +81,7 @@ def recorded_pairs(
     require_causal(store, name)
     loaded = recorded_model(store, model, device)
     pairs, dropped_pairs = pairs_from_store(store, loaded, where)
-    return loaded, pairs, [f"{count} pairs left out: {reason}" for reason, count in dropped_pairs.items()]
+    return loaded, pairs, [f"{counted(count, 'pair')} left out: {reason}" for reason, count in dropped_pairs.items()]
 
 
 def pairs_from_store(store: Store, model: Model, where: str | None = None) -> tuple[list[PatchPair], Counter[str]]:

@@ -13,6 +13,7 @@ from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import CATEGORIES, NEUTRAL, SIGNED, colour_bar
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
+from workbench.io.counted import counted
 
 _LINES = 6  # places or heads with a line of their own
 _MEANING = {
@@ -32,11 +33,11 @@ def patching_map(data: Any, name: str, site: str) -> go.Figure:
     limit = max(1.0, float(np.nanmax(np.abs(values), initial=0.0)))
     title = sentence(f"{name.capitalize()} {site}")
     pairs = data.sizes.get("exact_pair" if name == "exact" else "pair", data.attrs.get("pairs"))
-    subtitle = sentence(f"{_MEANING[name]}; {pairs} pairs")
+    subtitle = sentence(f"{_MEANING[name]}; {counted(pairs, 'pair')}")
     if data.attrs["heads"]:
         limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
         hover = [
-            [f"{head_name(layer, int(place[1:]))}: {values[row, column]:.3f}" for column, place in enumerate(places)]
+            [f"{head_name(layer, int(place[1:]))}: {values[row, column]:z.3f}" for column, place in enumerate(places)]
             for row, layer in enumerate(layers)
         ]
         figure = head_grid(
@@ -107,7 +108,9 @@ def patching_lines(data: Any, site: str) -> go.Figure:
     figure.update_layout(
         title={
             "text": sentence(f"Denoising {site} by layer"),
-            "subtitle": {"text": f"share of the gap, 95 % CI over {data.sizes['pair']} pairs; grey: controls"},
+            "subtitle": {
+                "text": f"share of the gap, 95 % CI over {counted(data.sizes['pair'], 'pair')}; grey: controls"
+            },
         },
         width=880,
         height=460,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from workbench.corpus.tokenizer import added_tokens, encode, token_of_text, token_texts, with_whole_offsets
 from workbench.io.checks import MOST, SEEDS, whole_number
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, shown
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating, run
@@ -85,7 +86,8 @@ def target_prompt(model: Model, text: str, placeholder: str | None = None, new_t
     if model.context_limit is not None and len(ids) + new_tokens > model.context_limit:
         after = f" and {new_tokens} new ones" if new_tokens else ""
         raise RequestError(
-            f"prompt has {len(ids)} tokens{after}, and the context of model {model.name!r} {model.context_limit}; "
+            f"prompt has {counted(len(ids), 'token')}{after}, and the context of model {model.name!r} "
+            f"{model.context_limit}; "
             "give a shorter one"
         )
     return TargetPrompt(text, ids, tuple(len(prefix) + index for index in inside))

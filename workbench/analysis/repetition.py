@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.analysis.weights_probe import require_rows
 from workbench.corpus.tokenizer import added_tokens
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.torch_state import plain_torch
@@ -72,7 +73,7 @@ def _templates(model: Model) -> dict[str, list[int | None]]:
     templates = {"copy": copy, "explain": explain, "repeat": repeat}
     if longest := [len(template) for template in templates.values() if len(template) > limit]:
         raise RequestError(
-            f"the prompts of the verification have up to {max(longest)} tokens, and the context of model "
+            f"the prompts of the verification have up to {counted(max(longest), 'token')}, and the context of model "
             f"{model.name!r} is {limit + _POSITIONS}; set tested=0"
         )
     require_rows(model, (id for template in templates.values() for id in template if id is not None), "set tested=0")

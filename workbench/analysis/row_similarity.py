@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.store.reader import Rows, Store
@@ -44,7 +45,8 @@ def matching_rows(
     ends = [last[index] for (_, _, last), index in zip(keys, (a_index, b_index), strict=True)]
     if not len(a_index) or np.mean(ends[0] == ends[1]) < 0.9:
         raise RequestError(
-            f"{a.path.name} and {b.path.name} hold different texts: {len(a_index):,} of {len(rows):,} tokens end at "
+            f"{a.path.name} and {b.path.name} hold different texts: {len(a_index):,} of "
+            f"{counted(len(rows), 'token')} end at "
             "the same character of the same document; record both from the same texts in the same order"
         )
     return keys[0][1][a_index], keys[1][1][b_index]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 
 from workbench.analysis.read_layers import choose_layers, layers_of, layers_text, require_any
 from workbench.corpus.places import NEXT
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.store.reader import Store
 
@@ -115,7 +116,7 @@ def split_by_document(
     validating = max(1, round(tested / 2 if validation is None else validation * len(shuffled_documents)))
     if len(shuffled_documents) < tested + validating + 1:
         raise RequestError(
-            f"store has {len(shuffled_documents)} documents among the selected tokens; {purpose} needs "
+            f"store has {counted(len(shuffled_documents), 'document')} among the selected tokens; {purpose} needs "
             f"three or more, {uses}"
         )
     test_mask, validation_mask, training_mask = (
@@ -129,7 +130,7 @@ def note_few_rows(rows: int, d_model: int) -> str:
     minimum = ROWS_PER_DIMENSION * d_model
     if rows >= minimum:
         return ""
-    return f"{rows:,} training rows are few for {d_model} x {d_model} maps; {minimum:,} or more are needed"
+    return f"{counted(rows, 'training row')} are few for {d_model} x {d_model} maps; {minimum:,} or more are needed"
 
 
 def note_missing(

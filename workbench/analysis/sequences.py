@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Int
 
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError, nearest
 from workbench.store.reader import Store
 
@@ -45,7 +46,8 @@ class Sequences:
         without_rows = ~np.isin(self.rows, rows).any(1)
         if not without_rows.any():
             raise RequestError(
-                f"every sequence has a NaN or infinite value in its first {self.length} tokens; record again with the "
+                f"every sequence has a NaN or infinite value in its first {counted(self.length, 'token')}; "
+                "record again with the "
                 "model in bfloat16 or float32"
             )
         return replace(self, **{name: getattr(self, name)[without_rows] for name in ("starts", "document", "domain")})
@@ -88,7 +90,7 @@ def select_sequences(
         selected = np.isin(starts, store.where(where).ids)
         if not selected.any():
             raise RequestError(
-                f"where {where!r} holds for the first token of none of {len(starts):,} sequences, "
+                f"where {where!r} holds for the first token of none of {counted(len(starts), 'sequence')}, "
                 "and the first token is what selects a sequence"
             )
         starts, lengths = starts[selected], lengths[selected]
@@ -101,7 +103,8 @@ def select_sequences(
         )
     if summed and longest > length:
         raise RequestError(
-            f"length {length}: attn_received was summed over whole sequences, of up to {longest} tokens; give length "
+            f"length {length}: attn_received was summed over whole sequences, of up to "
+            f"{counted(longest, 'token')}; give length "
             f"{longest}, or record with context={length}, or record pattern"
         )
     long = lengths >= length

@@ -20,6 +20,7 @@ from workbench.features.index import feature_groups
 from workbench.features.labels import with_names
 from workbench.features.queries import coded_labels, label_columns, text_rows
 from workbench.io.checks import check, check_resampling, whole_number
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_texts
@@ -157,7 +158,8 @@ class _Split:
         shuffled_documents = draw.permutation(np.unique(number[text]))
         if len(shuffled_documents) < 2:
             raise RequestError(
-                f"the store has {len(shuffled_documents)} documents; probes need some to learn and others to be tested"
+                f"the store has {counted(len(shuffled_documents), 'document')}; probes need some to learn "
+                "and others to be tested"
             )
         tested = min(len(shuffled_documents) - 1, max(1, round(held_out * len(shuffled_documents))))
         test = text & np.isin(number, shuffled_documents[:tested])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.analysis.softmax_probe import SoftmaxProbes
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.results.registry import find_probe
 from workbench.results.result import Result
@@ -56,9 +57,10 @@ class TrainedErasure:
 
     def __repr__(self) -> str:
         size = (
-            f"{len(self.layers)} layers of {self.site}, offsets {', '.join(f'{offset:+d}' for offset in self.offsets)}"
+            f"{counted(len(self.layers), 'layer')} of {self.site}, offsets "
+            f"{', '.join(f'{offset:+d}' for offset in self.offsets)}"
         )
-        return f"TrainedErasure of {self.model}: {size}, {len(self.classes):,} tokens"
+        return f"TrainedErasure of {self.model}: {size}, {counted(len(self.classes), 'token')}"
 
     def probes(self, layer: int) -> SoftmaxProbes:
         """Returns the probes of a layer, one for each offset; RequestError for a layer without."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from workbench.analysis.future_maps import AffineMap, FutureMap
 from workbench.analysis.saved_maps import MapsRecord, check_lens_model, damaged, load_maps, save_maps
 from workbench.io.checks import check
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.unembed import load_unembed
@@ -61,7 +62,7 @@ class TrainedFutureLens:
     """How it was fitted, as JSON holds it."""
 
     def __repr__(self) -> str:
-        size = f"{len(self.layers)} layers of {self.site}, {self.horizons} horizons"
+        size = f"{counted(len(self.layers), 'layer')} of {self.site}, {self.horizons} horizons"
         return f"TrainedFutureLens ({self.method}) of {self.model}: {size}"
 
     @property

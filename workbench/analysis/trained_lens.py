@@ -28,6 +28,7 @@ from workbench.analysis.trained_erasure import TrainedErasure, load_erasure
 from workbench.analysis.trained_future import FORMAT as FUTURE
 from workbench.analysis.trained_future import TrainedFutureLens, load_future_lens
 from workbench.io.checks import as_path
+from workbench.io.counted import counted
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_bytes
 from workbench.io.parse import read_json, to_json
@@ -66,7 +67,8 @@ class TrainedLens:
     """How it was trained, as JSON holds it."""
 
     def __repr__(self) -> str:
-        return f"TrainedLens of {self.model}: {len(self.layers)} layers of {self.site}, d_model {self.bias.shape[1]}"
+        layers = counted(len(self.layers), "layer")
+        return f"TrainedLens of {self.model}: {layers} of {self.site}, d_model {self.bias.shape[1]}"
 
     def translate(self, layer: int, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Returns h + A h + b, the input of the final norm, in float32; RequestError for a layer without a map."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.analysis.opened_store import open_paths
 from workbench.corpus.tokenizer import token_texts
 from workbench.io.checks import check_settings
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import input_embedding
@@ -170,7 +171,7 @@ def require_rows(model: Model, ids: Iterable[int], remedy: str) -> None:
     if largest >= rows:
         raise RequestError(
             f"the tokenizer of model {model.name!r} writes the prompts with token id {largest}, and the model has "
-            f"{rows} tokens; load it with its own tokenizer, or {remedy}"
+            f"{counted(rows, 'token')}; load it with its own tokenizer, or {remedy}"
         )
 
 

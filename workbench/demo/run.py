@@ -244,7 +244,9 @@ def _label_bars(best: pd.DataFrame) -> Figure:
         width=760,
         margin={"t": 110},
     )
-    figure.update_xaxes(range=[0, 1.03], title="score")
+    lowest = float(best[["f1", "precision", "recall"]].min(axis=None))
+    margin = max(0.03 * (1 - lowest), 0.002)  # half of a mark
+    figure.update_xaxes(range=[lowest - margin, 1 + margin], title="score; the axis begins at the lowest, not at 0")
     figure.update_yaxes(autorange="reversed")
     return figure
 

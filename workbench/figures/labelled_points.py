@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from workbench.figures.error_bars import error_bars
+from workbench.figures.log_axis import log_axis
 from workbench.figures.safe_text import label, sentence
 from workbench.figures.theme import NEUTRAL
 from workbench.figures.themed import ThemedFigure
@@ -97,9 +98,10 @@ def labelled_scatter(
         dashes = {"dash": "dash", "color": NEUTRAL}
         points.append(go.Scatter(x=ends, y=ends, mode="lines", line=dashes, name="equal", hoverinfo="skip"))
     figure = ThemedFigure(points, _layout(title, subtitle, names))
+    marked = np.array([] if line is None else [line], float)
     if line is not None:
         figure.add_hline(line, line={"dash": "dash", "color": NEUTRAL})
-    return figure.update_yaxes(type="log", exponentformat="power", dtick="D2") if log else figure
+    return figure.update_yaxes(**log_axis(*(y for _, y, _ in groups.values()), marked)) if log else figure
 
 
 def _layout(title: str, subtitle: str, names: tuple[str, str]) -> dict[str, Any]:

@@ -144,10 +144,11 @@ def head_atlas(
 
 
 def _limits(measure: HeadMeasure, data: pd.DataFrame) -> tuple[float, float]:
-    """Range of a measure's colours."""
-    if measure.limits is not None:
-        return measure.limits
-    return 0.0, max(float(np.nanmax(data[measure.name].to_numpy())), 1e-9)
+    """Range of a measure's colours: from 0 to its largest value, or as far below 0 where it can be negative."""
+    from workbench.figures.colour_limits import colour_limits
+
+    signed = measure.limits is not None and measure.limits[0] < 0
+    return colour_limits(data[measure.name].to_numpy(float), signed=signed)
 
 
 def _sortable(data: pd.DataFrame, measures: tuple[HeadMeasure, ...]) -> str:

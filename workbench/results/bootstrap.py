@@ -77,6 +77,49 @@ def resampled_means(
         return totals.sum(0) / counts.sum(0), resampled
 
 
+def clustered_ends(
+    values: Shaped[np.ndarray, "row ..."],
+    clusters: Shaped[np.ndarray, " row"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]]:
+    """Returns the lower and upper ends of the 95 % intervals of means over rows, by `clustered_means` and `central`."""
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:]))).astype(float)
+    known, cluster = np.unique(clusters, return_inverse=True)
+    counts = np.zeros((len(known), flat.shape[1]))
+    np.add.at(counts, cluster, ~np.isnan(flat))
+    _, resampled = clustered_means(flat, clusters, resamples=resamples, seed=seed)
+    low, high = intervals(resampled, (counts > 0).sum(0))
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def binned_ends(
+    values: Float[np.ndarray, " row"],
+    bins: Int[np.ndarray, " row"],
+    clusters: Shaped[np.ndarray, " row"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " bin"], Float[np.ndarray, " bin"]]:
+    """Returns the ends of the 95 % intervals of the means in each bin, by `resampled_means` and `central`.
+
+    Args:
+        values: One value a row.
+        bins: The bin of each row, from 0.
+        clusters: The cluster of each row.
+        resamples: Number of resamples.
+        seed: Random seed of the resamples.
+    """
+    known, cluster = np.unique(clusters, return_inverse=True)
+    totals, counts = np.zeros((2, len(known), int(bins.max(initial=-1)) + 1))
+    np.add.at(totals, (cluster, bins), values)
+    np.add.at(counts, (cluster, bins), 1)
+    _, resampled = resampled_means(totals, counts, resamples=resamples, seed=seed)
+    low, high = intervals(resampled, (counts > 0).sum(0))
+    return low, high
+
+
 def clustered_interval(
     values: Float[np.ndarray, " row"],
     clusters: Shaped[np.ndarray, " row"],
@@ -202,7 +245,7 @@ def interval_suffix(low: Any, high: Any, form: str = ".2f") -> str:
 def value_text(values: Any, name: str, digits: int = 2) -> str:
     """Returns a variable with its interval as text: "0.20, 95 % CI [0.12, 0.34]"; `values` has its ends, too."""
     value, low, high = (float(values[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    return f"{value:.{digits}f}{interval_suffix(low, high, f'.{digits}f')}"
+    return f"{value:z.{digits}f}{interval_suffix(low, high, f'.{digits}f')}"
 
 
 def points_text(difference: Any, low: Any, high: Any) -> str:
