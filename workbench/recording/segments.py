@@ -19,6 +19,7 @@ from workbench.corpus.layout import Sequences, batch_plan, open_sequences
 from workbench.corpus.tokenizer import token_texts
 from workbench.corpus.tokens import token_table
 from workbench.io.errors import RequestError, WorkbenchError
+from workbench.io.freed_memory import keep_freed_memory
 from workbench.io.progress import progress
 from workbench.io.tasks import Begin, Workers, lost_task
 from workbench.model.capture import capture
@@ -185,6 +186,7 @@ class SegmentRecorder:
             advance: Called with numbers of rows as they are recorded.
             later: Called with the end of the work: flushing, checksums, the folder's name.
         """
+        keep_freed_memory()
         plan, sequences = self.plan, self.sequences
         first = planned.first_sequence - plan.sequence_offset
         last = first + planned.sequences
