@@ -65,6 +65,17 @@ def test_the_index_in_a_browser(hostile_features, tmp_path):
         assert {address for address in tab.requests if "favicon" not in address} == {index.as_uri(), page.as_uri()}
 
 
+def test_printed_tokens_stay_on_the_page(hostile_features, tmp_path):
+    features, _, _ = hostile_features
+    with chromium() as tab:
+        tab.size(680, 900)
+        tab.open(wb.feature_index(features, tmp_path / "index.html", tokens=16).as_uri())
+        tab.ask("Emulation.setEmulatedMedia", media="print")
+        edges = tab.run("[...document.querySelectorAll('td, code')].map((part) => part.getBoundingClientRect().right)")
+        assert len(edges) > 100
+        assert max(edges) <= 680
+
+
 def _labels(folder, names):
     path = folder / "labels.csv"
     lines = [f'{number},"{name}"' for number, name in names.items()]

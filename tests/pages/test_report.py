@@ -312,6 +312,7 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         assert len(printed) > 50_000
         page.size(680, 900)
         page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
         tables = "[...document.querySelectorAll('.data')].filter((part) => part.clientWidth)"
         assert page.run(f"{tables}.length") == 2
         whole = "(part) => part.scrollWidth <= part.parentElement.clientWidth"
@@ -324,3 +325,52 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         assert page.run("[...document.querySelectorAll('.wide')].every((part) => part.clientWidth <= 390)")
         assert page.complaints == []
         assert set(page.requests) == {path.as_uri()}
+
+
+PRINTED_CELLS = """[...document.querySelectorAll('.data table:not([hidden])')].map((part) =>
+  [...part.rows].map((row) => [...row.cells].map((cell) => cell.textContent)))"""
+CUT = """[...document.querySelectorAll('table:not([hidden]) :is(th, td)')].filter((cell) => {
+  const range = document.createRange(); range.selectNodeContents(cell);
+  const right = range.getBoundingClientRect().right;
+  const lines = new Set([...range.getClientRects()].map((part) => Math.round(part.top)));
+  const broken = lines.size > 1 && !/\\s/.test(cell.textContent);
+  return broken || right > 680 || right > cell.getBoundingClientRect().right + 1;
+}).map((cell) => cell.textContent)"""
+
+
+def test_a_printed_table_goes_on_below_with_every_column_whole(tmp_path):
+    names = ["layer", "place", *(f"same_answer_high_{number}" for number in range(20))]
+    values = {name: np.linspace(-6.648e-05, 1, 4) + number for number, name in enumerate(names[2:])}
+    table = pd.DataFrame({"layer": [0, 1, 2, 3], "place": ["subject", "other", "end", "a" * 70], **values})
+    settings = [("a_name_of_a_setting", json.dumps({"key": "value " * 40}), "what it means")]
+    path = write_report([Section("part", table=table, settings=settings)], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(700, 900)
+        page.open(path.as_uri())
+        before = page.run(PRINTED_CELLS)
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        parts = page.run(PRINTED_CELLS)
+        assert len(parts) > 1
+        assert page.run(CUT) == []
+        for row in range(5):
+            keys = len([name for name in parts[1][0] if name in ("layer", "place")])
+            assert [cell for n, part in enumerate(parts) for cell in part[row][keys * (n > 0) :]] == before[0][row]
+        assert keys == 1  # the texts of the other one are long
+        page.run("dispatchEvent(new Event('afterprint'))")
+        assert page.run(PRINTED_CELLS) == before
+
+
+def test_printed_figures_leave_room_for_their_heading(tmp_path):
+    figures = {str(height): figure(width=600).update_layout(height=height) for height in (450, 800, 1600)}
+    path = write_report([Section("part", figures=figures)], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(700, 900)
+        page.open(path.as_uri())
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        page.wait("document.querySelectorAll('.plot .main-svg').length >= 3")
+        heights = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.getBoundingClientRect().height)")
+    assert heights[0] <= 345
+    assert heights[1] <= 560
+    assert heights[2] <= 900

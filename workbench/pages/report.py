@@ -35,7 +35,6 @@ SCRIPT = "plotly.min.js"
 
 _DIFFERENCES, _LONG = 3, 40  # names in a title that tell sections apart, and characters of a value
 _VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null", "meaning")
-_PRINT_WIDTH = 680  # pixels
 _TOP = 64  # pixels above a plot, whose title is its caption: legend, colour bar, plotly's buttons
 _BROAD = 800  # pixels; narrower figures stand in two columns
 _PANELS = 2  # side by side; titles of more would overlap on a phone, so that they scroll
@@ -299,8 +298,7 @@ def figure_markup(figure: Figure, name: str) -> str:
     title, subtitle = (part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text))
     caption = f"{escape(title or '')}{f'<small>{escape(subtitle)}</small>' if subtitle else ''}"
     drawing = _drawing(figure)
-    fit = 1.0 if drawing["fluid"] else min(1.0, _PRINT_WIDTH / drawing["width"])
-    style = f"--height:{drawing['height']}px;--fit:{fit:.3f}"
+    style = f"--height:{drawing['height']}px"
     return (
         f'<figure aria-labelledby="{name}"{" class=broad" * (drawing["width"] > _BROAD)}>'
         f'<figcaption id="{name}">{caption}</figcaption>'
@@ -367,8 +365,7 @@ def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _table_head(values: pd.DataFrame) -> tuple[str, str]:
     title = f"Table, {min(ROWS, len(values))} of {len(values):,} rows"
-    markup = f'<div class="data" style="--columns:{max(1, len(values.columns))}">{frame(values, ROWS)}</div>'
-    return title, wide(markup, title)
+    return title, wide(f'<div class="data">{frame(values, ROWS)}</div>', title)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
