@@ -42,7 +42,6 @@ DPI = 300
 
 _BITMAPS = ("png", "webp")
 _SCRIPT = "plotly.min.js"
-_WATCH = 'watchHeads(document.getElementById("figure"));'
 _PAGES = {"light": ("#1f2430", "#5b6472", "white"), "dark": ("#e4e7ec", "#9aa1ad", "#14171f")}
 _STYLE = """
 body {{ font: 15px/1.5 Inter, Helvetica, Arial, sans-serif; color: {0}; background: {2}; margin: 1rem }}
@@ -189,13 +188,12 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
     from plotly.offline import get_plotlyjs
 
     from workbench.figures.theme import to_dark
+    from workbench.figures.themed import themed
 
-    themed = to_dark(figure) if theme == "dark" else figure
-    plot = themed.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
+    shown_figure = themed(to_dark(figure) if theme == "dark" else figure)
+    plot = shown_figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id="figure")
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
     safe = {name: escape(text) for name, text in description.items()}
-    meta = figure.layout.meta if isinstance(figure.layout.meta, Mapping) else {}
-    more = (Path(__file__).parent / "figure.js").read_text(encoding="utf-8") + _WATCH if "heads" in meta else ""
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -205,7 +203,6 @@ def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: 
             f'<div class="plot" role="group" aria-label="{safe["alt"]}">{plot}</div>',
             f"<figcaption>{safe['caption']}</figcaption></figure>",
             f'<p class="provenance">{safe["provenance"]}</p>',
-            f"<script>{more}</script>" if more else "",
             "</body></html>\n",
         ]
     )

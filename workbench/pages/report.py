@@ -233,7 +233,10 @@ def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] =
     """
     from plotly.offline import get_plotlyjs
 
-    inline = [*((_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")), *scripts]
+    from workbench.figures.themed import head_pictures
+
+    ours = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")]
+    inline = [head_pictures(), *ours, *scripts]
     scripts = inline if shared else [get_plotlyjs(), *inline]
     style = (_FOLDER / "report.css").read_text(encoding="utf-8") + style
     return "\n".join(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, first_line
-from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, write_file
+from workbench.io.files import PARTIAL, explain_full_disk, replace_folder, sha256_bytes, write_file
 from workbench.io.findings import FileRecord
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
 from workbench.io.reading import read_file
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
 _FORMAT, _VERSION = "workbench.result", 2
-RESULT_FILES = (_RECORD, _DATA, _TABLE, "figures/*.html", "figures/plotly.min.js")
+SCRIPT = "figures/plotly.min.js"
+"""Name of plotly's script, 5 MB, in the folder of a result."""
+RESULT_FILES = (_RECORD, _DATA, _TABLE, "figures/*.html", SCRIPT)
 """Names of the files in the folder of a result; `*` matches within one name."""
 
 _PROVENANCE = {
@@ -113,7 +118,7 @@ class Result:
         """Writes data (netCDF), table (Parquet), provenance (JSON) and figures (HTML) into a folder.
 
         The folder appears as a whole or not at all. One that holds the same result is replaced; files in it that are
-        not a result's are kept.
+        not a result's are kept. plotly's script, 5 MB, is on the disk once for all results of the parent folder.
 
         Args:
             path: The folder to write.
@@ -134,6 +139,7 @@ class Result:
             replace_folder(path, RESULT_FILES) as folder,
         ):
             self.write_files(folder)
+            share_script(folder, path.parent.glob(f"*/{SCRIPT}"))
         return requested
 
     def write_files(self, folder: Path) -> None:
@@ -174,6 +180,21 @@ class Result:
         }
         excerpt = self.table.iloc[:, :_COLUMNS_SHOWN]
         return card(f"Result of {self.probe}", facts, frame(excerpt, _ROWS_SHOWN) if len(excerpt) else "")
+
+
+def share_script(result: Path, scripts: Iterable[Path]) -> None:
+    """Makes plotly's script of a saved result a hard link to an equal file among `scripts`, where links are possible.
+
+    Any of the folders may be moved or removed alone; a copy of one has a script of its own.
+    """
+    script = result / SCRIPT
+    with contextlib.suppress(OSError):  # no figure, or no hard links there
+        copies = (path for path in scripts if not path.samefile(script))
+        twin = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
+        if twin is not None:
+            link = script.with_name(script.name + PARTIAL)
+            os.link(twin, link)
+            os.replace(link, script)
 
 
 def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result:
@@ -278,7 +299,7 @@ def _pages(figures: Mapping[str, Figure]) -> dict[str, str]:
         f"{name}.html": figure.to_html(include_plotlyjs="directory", include_mathjax=False, div_id=name)
         for name, figure in figures.items()
     }
-    return {**pages, "plotly.min.js": get_plotlyjs()} if pages else {}
+    return {**pages, Path(SCRIPT).name: get_plotlyjs()} if pages else {}
 
 
 def _read_files(record: Mapping[str, Any], arrays: bytes, table: bytes) -> tuple[xr.Dataset, pd.DataFrame]:
