@@ -85,7 +85,7 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert set(rules["script-src"].split()) == hashes
     assert rules["default-src"] == "'none'"
-    assert len(inline) == 3  # plotly once, and what draws
+    assert len(inline) == 4  # plotly once, and what draws
     assert len(drawings(page)) == 2
 
 
@@ -129,6 +129,7 @@ def test_a_long_table_is_cut_and_says_so(tmp_path):
     assert sum(tag == "td" for tag, _ in page.elements) == 4 * ROWS
     assert f"Table, {ROWS} of {ROWS + 5} rows" in page.text
     assert "0.1235 ·a" in page.text
+    assert "Table, 1 of 1 row " in written(tmp_path, [Section("part", table=table.head(1))]).text
 
 
 def test_sections_are_linked_in_order_with_what_was_found(tmp_path):
@@ -148,6 +149,24 @@ def test_sections_of_one_title_are_told_apart_by_what_differs(tmp_path):
     assert "lens of m: site resid_post.2" in page.text
     assert "sinks of m:" not in page.text
     assert "date 2026-01-02" in page.text
+
+
+def test_the_head_of_the_page_describes_the_texts(tmp_path):
+    known = {"model": "m", "model_fingerprint": "0123456789abcdef", "workbench": "0.1"}
+    texts = {"texts": "1 document, 3 sequences of at most 64 tokens", "sites": "embed, resid_post"}
+    sections = [
+        Section("a", provenance={**known, "store": "a.acts", "rows": 1}),  # saved before texts were recorded
+        Section("b", provenance={**known, "store": "my b.acts", "rows": 970, **texts}),
+        Section("c", provenance={**known, "store": "weights alone", "rows": 4096}),
+    ]
+    page = written(tmp_path, sections, date="2026-01-02")
+    for text in (
+        "date 2026-01-02",
+        "model m 0123456789ab",
+        "texts a.acts: 1 token my b.acts: 970 tokens; 1 document, 3 sequences of at most 64 tokens; sites embed, ",
+        "linked views workbench serve 'my b.acts' workbench serve a.acts workbench",
+    ):
+        assert text in page.text, page.text[:2000]
 
 
 def test_reports_of_a_folder_share_one_script(tmp_path):
@@ -218,7 +237,7 @@ def markup(path):
 def test_text_of_models_and_files_never_becomes_markup(results, markup):
     figures = sum(len(result.figures()) for result in results)
     assert {tag for tag, _ in markup.elements} <= TAGS
-    assert len(markup.scripts) == 3 + figures
+    assert len(markup.scripts) == 4 + figures
     names = {name for _, about in markup.elements for name in about}
     assert not [name for name in names if name.startswith("on") or name == "src"]
     links = {about["href"] for tag, about in markup.elements if tag == "a"}

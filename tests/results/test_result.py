@@ -91,6 +91,8 @@ def test_provenance_says_what_made_it(result, store):
         "store": "t.acts",
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
+        "texts": "2 documents, 2 sequences of at most 256 tokens",
+        "sites": "resid_post",
         "settings": {
             "site": "resid_post",
             "where": None,
@@ -103,6 +105,9 @@ def test_provenance_says_what_made_it(result, store):
         "probe_class": "workbench.probes.logit_lens:LogitLens",
         "workbench": "0.1.0",
     }
+    chosen = dataclasses.replace(store.manifest, recording={"context": 64, "keep": [0]})
+    described = provenance(Mock(manifest=chosen, rows=1, sites=store.sites, path=store.path), LogitLens())
+    assert described["texts"] == "2 documents, 2 sequences of at most 64 tokens; rows chosen by keep=[0]"
     assert provenance(store, LogitLens(top_k=3))["settings"]["top_k"] == 3
 
 

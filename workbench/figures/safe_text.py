@@ -40,6 +40,11 @@ def plain(markup: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<br ?/?>", "; ", str(markup))))
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number and the noun in its plural, where the number is not 1: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def axis_title(attrs: Mapping[str, Any], name: str = "") -> str:
     """Returns the axis title of a variable with these xarray `attrs`: "name (units)", or the units alone."""
     unit = str(attrs.get("units", ""))

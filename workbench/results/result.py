@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.figures.safe_text import counted
 from workbench.io.checks import as_path
 from workbench.io.errors import DataError, RequestError, first_line
 from workbench.io.files import PARTIAL, explain_full_disk, replace_folder, sha256_bytes, write_file
@@ -57,6 +58,8 @@ WEIGHTS = "weights alone"
 
 _AGAIN = "run the probe again"
 
+_CONTEXT = 256  # longest sequence of a recording that names none
+
 _ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
 
@@ -98,7 +101,7 @@ class Result:
         settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(known["settings"].items()))
         return (
             f"model {known['model']} ({known['model_fingerprint'][:12]}), store {known['store']} "
-            f"({known['store_fingerprint'][:12]}), {known['rows']:,} rows; probe {self.probe}"
+            f"({known['store_fingerprint'][:12]}), {counted(known['rows'], 'row')}; probe {self.probe}"
             f"{': ' if settings else ''}{settings}; workbench {known['workbench']}"
         )
 
@@ -161,7 +164,7 @@ class Result:
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
-        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {counted(len(self.table), 'table row')})"
 
     def _repr_html_(self) -> str:
         from workbench.figures.markup import card, frame
@@ -174,9 +177,9 @@ class Result:
         facts = {
             "finding": finding,
             "model": self.provenance["model"],
-            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
-            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
-            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+            "store": f"{self.provenance['store']}, {counted(self.provenance['rows'], 'row')}",
+            "data": f"{counted(len(self.data.data_vars), 'variable')} over {axes or 'no axis'}",
+            "table": f"{counted(len(self.table), 'row')}, {counted(len(self.table.columns), 'column')}",
         }
         excerpt = self.table.iloc[:, :_COLUMNS_SHOWN]
         return card(f"Result of {self.probe}", facts, frame(excerpt, _ROWS_SHOWN) if len(excerpt) else "")
@@ -252,13 +255,19 @@ def provenance(store: Store | Model, settings: Any) -> dict[str, Any]:
 
 
 def _of_store(store: Any) -> dict[str, Any]:
-    model, changes = store.manifest.model, store.manifest.interventions
+    manifest = store.manifest
+    model, changes, parts = manifest.model, manifest.interventions, manifest.parts
+    documents, sequences = (sum(getattr(part, name) for part in parts) for name in ("documents", "sequences"))
+    longest = manifest.recording.get("context") or _CONTEXT
+    texts = f"{counted(documents, 'document')}, {counted(sequences, 'sequence')} of at most {longest:,} tokens"
     return {
         "model": f"{model.name}, changed ({', '.join(changes.names)})" if changes else model.name,
         "model_fingerprint": model.fingerprint,
         "store": Path(store.path).name,
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
+        "texts": f"{texts}; rows chosen by {manifest.choice}" if manifest.chosen else texts,
+        "sites": ", ".join(dict.fromkeys(site.label.partition(".")[0] for site in store.sites)),
     }
 
 
