@@ -20,7 +20,7 @@ from workbench.features.labels import names_of, with_names
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
 from workbench.figures.markup import escape, inert
-from workbench.figures.readable import readable_tokens
+from workbench.figures.readable import readable_window, vocabulary_texts
 from workbench.figures.safe_text import sentence, visible
 from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
@@ -218,6 +218,7 @@ def _decoder_panels(features: Features, feature: int, sae: Sae, pages: Collectio
         yield _panel("Promoted tokens", f'<p class="note">{escape(str(error))}</p>')
     else:
         table = extreme_tokens(effects, unembed, _TOKENS)
+        table["token"] = vocabulary_texts(unembed.tokens or (), table["token_id"], table["token"])
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
         yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
         counts, edges = np.histogram(effects.double().cpu().numpy(), bins=_BINS)
@@ -321,7 +322,7 @@ def _context(context: Context, scale: float) -> str:
     text = "".join(
         _shaded(token, activation, scale, is_target=n == context.at)
         for n, (token, activation) in enumerate(
-            zip(readable_tokens(context.tokens), context.activations.tolist(), strict=True)
+            zip(readable_window(context.tokens), context.activations.tolist(), strict=True)
         )
     )
     return f'<div class="context"><div class="value">{value}</div><div class="text">{text}</div></div>'

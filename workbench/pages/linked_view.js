@@ -8,7 +8,7 @@ let about;
 let blocks = [];  // the sequences in the list, one after another
 let focus = 0, anchor = 0;  // rows
 let shows = 0;  // how often the list was begun anew
-let full = 1;  // the value of full colour
+let full = 1;  // the value of full colour, the same for all sequences
 let explained = null;  // the row whose lens, features and neighbours are shown
 const selected = new Set();
 const AHEAD = 2;  // heights of the list that are filled beyond what is seen, on either side
@@ -112,7 +112,7 @@ async function blockAt(sequence) {
     const backward = rtl.test(word);
     if (backward && !run) { run = make("bdi", block.element); run.dir = "rtl"; }
     if (!backward && run && /\p{L}/u.test(word)) run = null;
-    const token = make("span", run ?? block.element, word.replace(/·/g, " "), "token");
+    const token = make("span", run ?? block.element, word, "token");
     token.setAttribute("role", "option");
     token.dataset.row = block.first + at;
     block.tokens.push(token);
@@ -125,8 +125,9 @@ async function readValues(block) {
   const kind = controls.colour.value, which = { number: block.sequence };
   block.pattern = null;
   block.values = [];
-  if (kind === "feature") block.values = (await ask("feature", { ...which, folder: number("features"), feature: number("feature") })).values;
-  else if (kind === "norm" && site()) block.values = (await ask("norms", { ...which, site: site(), layer: number("layer") })).values;
+  block.full = 0;
+  if (kind === "feature") Object.assign(block, await ask("feature", { ...which, folder: number("features"), feature: number("feature") }));
+  else if (kind === "norm" && site()) Object.assign(block, await ask("norms", { ...which, site: site(), layer: number("layer") }));
   else if (kind === "head" && holds(block, focus)) {
     block.pattern = (await ask("head", { ...which, layer: number("layer"), head: number("head") })).pattern;
     block.values = block.pattern[focus - block.first] ?? [];
@@ -178,15 +179,14 @@ function seen() {
   return blocks.find((block) => block.element.getBoundingClientRect().bottom > top) ?? blocks.at(-1);
 }
 
-// Full colour: the largest value but for those of first tokens, whose norm or attention would bleach all others.
+// Full colour is a number of the store for norms and features; for attention it is the largest weight of the query.
+const SCALES = { norm: " and above", feature: ", its largest activation", head: ", the query's largest" };
 function paint(changed = blocks) {
-  const values = blocks.flatMap((block) => block.values.filter((value) => value !== null));
-  const later = blocks.flatMap((block) => block.values.slice(1).filter((value) => value !== null));
-  const now = largest(later) || largest(values) || 1;
-  const beyond = values.filter((value) => value > now).length;
+  const query = blocks.find((block) => block.pattern && holds(block, focus));
+  const now = (query ? largest(query.values) : blocks.find((block) => block.full)?.full) || 1;
   for (const block of now === full ? changed : blocks) paintTokens(block, now);
   full = now;
-  find("#scale output").textContent = `0 to ${short(full)}` + (beyond ? `; ${beyond} beyond` : "");
+  find("#scale output").textContent = `0 to ${short(full)}${SCALES[controls.colour.value]}`;
 }
 
 const largest = (values) => values.reduce((most, value) => Math.max(most, value), 0);
@@ -220,7 +220,11 @@ async function sinks() {
   const answer = await ask("sinks");
   const table = find("#sinks table");
   find("#sinks .note").textContent = answer.layers.length
-    ? `mean over ${answer.rows.toLocaleString("en")} later tokens; a cell shows its head over the text` : "record attn_first or pattern to see it";
+    ? `mean over ${answer.rows.toLocaleString("en")} later tokens; columns are heads; a cell shows its head over the text` : "record attn_first or pattern to see it";
+  find("#sinks .key").hidden = !answer.layers.length;
+  const numbers = make("tr", table);
+  make("th", numbers, "layer").scope = "col";
+  for (let head = 0; head < Math.max(0, ...answer.values.map((heads) => heads.length)); head++) make("th", numbers, head).scope = "col";
   answer.layers.map((layer, at) => [layer, answer.values[at]]).reverse().forEach(([layer, heads]) => {
     const line = make("tr", table);
     make("th", line, layer).scope = "row";
