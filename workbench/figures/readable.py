@@ -63,6 +63,12 @@ def byte_names(token: str) -> str:
     return token if data is None else "".join(f"<0x{value:02X}>" for value in data)
 
 
+def may_be_bytes(token: str) -> bool:
+    """Returns True for a text that is also the name of bytes that are no whole characters: "Ð", "é", "<0xD0>"."""
+    data = None if token.isascii() and not _BYTE.fullmatch(token) else _bytes(token)
+    return data is not None and _decoded(data) is None
+
+
 def vocabulary_texts(vocabulary: tuple[str, ...], ids: Iterable[int], texts: Iterable[str]) -> list[str]:
     """Returns the texts of some tokens of a vocabulary, bytes in place of parts of characters: `<0xD0>`, not "Ð"."""
     parts = byte_tokens(vocabulary)

@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
 from workbench.figures.markup import escape
+from workbench.figures.readable import byte_names, may_be_bytes, readable_tokens
 from workbench.figures.safe_text import visible
 from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
@@ -25,6 +26,7 @@ from workbench.sae.autoencoder import Sae
 
 _FOLDER = Path(__file__).parent
 _READ = 16  # strongest rows of a feature whose tokens are looked at
+_SPLIT = 4  # tokens on either side that may share a character
 _TOKEN_LENGTH, _NAME_LENGTH = 24, 200
 _COLUMNS = {"feature": "feature", "active": "active tokens", "max": "largest activation", "label": "label"}
 
@@ -87,14 +89,32 @@ def feature_pages(
 def strongest_tokens(features: Features, tokens: int) -> tuple[list[list[int]], list[str]]:
     """Returns for each feature the codes of different tokens it is strongest on, and the text of each code.
 
-    At most the 16 rows with the largest activations of a feature are looked at.
+    At most the 16 rows with the largest activations of a feature are looked at. A part of a character that is split
+    over several tokens is named by its bytes: `<0xD0>`.
     """
-    starts, counts = features.by_feature["indptr"][:-1], features.counts
+    starts, counts, words = features.by_feature["indptr"][:-1], features.counts, list(features.texts.words)
     codes = np.full((_READ, features.shape[1]), -1, np.int64)
+    possible = np.array([may_be_bytes(word) for word in words], bool)
+    parts: dict[int, int] = {}  # code of the bytes for that of a token
     for rank in range(_READ):
         active = np.flatnonzero(counts > rank)
-        codes[rank, active] = features.texts.codes[features.by_feature["row"][starts[active] + rank]]
-    return [_distinct(column, tokens) for column in codes.T], features.texts.words
+        rows = features.by_feature["row"][starts[active] + rank]
+        codes[rank, active] = features.texts.codes[rows]
+        for at in np.flatnonzero(possible[codes[rank, active]]).tolist():
+            code = int(codes[rank, active[at]])
+            if _is_split(features, int(rows[at])):
+                if code not in parts:
+                    parts[code] = len(words)
+                    words.append(byte_names(words[code]))
+                codes[rank, active[at]] = parts[code]
+    return [_distinct(column, tokens) for column in codes.T], words
+
+
+def _is_split(features: Features, row: int) -> bool:
+    """True for a token that shares a character with its neighbours."""
+    near, texts = features.texts.near(row, _SPLIT), features.texts
+    tokens = [texts.words[code] for code in texts.codes[near]]
+    return readable_tokens(tokens)[row - near.start] != tokens[row - near.start]
 
 
 def _distinct(codes: Int64[np.ndarray, " rank"], tokens: int) -> list[int]:
