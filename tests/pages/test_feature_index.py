@@ -61,6 +61,13 @@ def test_the_index_in_a_browser(hostile_features, tmp_path):
         tab.run("form.words.value = 'no such word'; form.dispatchEvent(new Event('input'))")
         assert tab.run("document.querySelector('[role=status]').textContent") == "no feature has these words"
         tab.run("form.words.value = ''; form.dispatchEvent(new Event('input'))")
+        tab.run("data.active = data.active.map(() => 0); choose()")
+        status = "document.querySelector('[role=status]').textContent"
+        assert tab.run(status) == "no feature is active on these tokens"
+        tab.run("data.active[3] = 1; choose()")
+        assert tab.run(status) == "1 to 1 of 1 feature"
+        tab.run("location.reload()")
+        tab.wait("document.querySelector('tbody a')", 20)
         tab.mouse("tbody a")
         tab.wait(f"document.title == 'Feature {most} of {features.record.site}'", 20)
         assert tab.complaints == []
@@ -121,6 +128,10 @@ def test_the_command_and_wrong_requests(tmp_path):
     assert refused_by_cli(*command, "--sae", "demo").startswith("--sae is used on pages of features alone")
     assert refused_by_cli(*command, "--feature", 99).startswith("--feature 99 does not exist")
     assert not (tmp_path / "other").exists()
+    page = tmp_path / "new" / "index.html"
+    said = refused_by_cli("index", features.path, "--out", page)
+    assert said == f"folder {str(page)!r} is the name of a page; name its folder, {str(page.parent)!r}"
+    assert not page.exists()
     assert refused(RequestError, lambda: wb.feature_index(features, tmp_path)).startswith(f"{tmp_path} is a folder")
     assert "tokens must be a whole number, at least 1" in refused(
         RequestError, lambda: wb.feature_index(features, "x", tokens=0)

@@ -327,8 +327,7 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         )
         page.run("dispatchEvent(new Event('afterprint'))")
         assert page.run("document.querySelectorAll('details[open]').length") == 1
-        assert (printed := page.pdf()).startswith(b"%PDF")
-        assert len(printed) > 50_000
+        assert len(page.pdf()) > 50_000
         page.size(680, 900)
         page.ask("Emulation.setEmulatedMedia", media="print")
         page.run("dispatchEvent(new Event('beforeprint'))")

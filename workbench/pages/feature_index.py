@@ -16,12 +16,12 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
 from workbench.figures.markup import escape
 from workbench.figures.readable import byte_names, may_be_bytes, readable_tokens
-from workbench.figures.safe_text import visible
+from workbench.figures.safe_text import counted, visible
 from workbench.io.checks import as_path, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
-from workbench.pages.feature_page import feature_page, page_name
+from workbench.pages.feature_page import INDEX, feature_page, index_title, page_name
 from workbench.sae.autoencoder import Sae
 
 _FOLDER = Path(__file__).parent
@@ -73,9 +73,11 @@ def feature_pages(
         The files, the index first.
 
     Raises:
-        RequestError: A feature that does not exist, another SAE, or a folder that is a file.
+        RequestError: A feature that does not exist, another SAE, or a folder that is a file or has the name of a page.
     """
     folder = as_path("folder", folder)
+    if folder.suffix.lower() in (".html", ".htm") and not folder.is_dir():
+        raise RequestError(f"folder {str(folder)!r} is the name of a page; name its folder, {str(folder.parent)!r}")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
     for feature in chosen:
@@ -83,7 +85,7 @@ def feature_pages(
     paths = [
         feature_page(features, feature, folder / page_name(feature), sae=sae, k=k, pages=chosen) for feature in chosen
     ]
-    return [feature_index(features, folder / "index.html", pages=chosen), *paths]
+    return [feature_index(features, folder / INDEX, pages=chosen), *paths]
 
 
 def strongest_tokens(features: Features, tokens: int) -> tuple[list[list[int]], list[str]]:
@@ -151,7 +153,8 @@ def _page(features: Features, tokens: int, pages: Collection[int]) -> str:
     code = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{code}'; style-src 'unsafe-inline'; base-uri 'none'"
     data = json.dumps(_data(features, tokens, pages), separators=(",", ":"), ensure_ascii=False)
-    source = f"SAE {record.sae.name}, {features.shape[1]:,} features; model {features.store.manifest.model.name}"
+    count = counted(features.shape[1], "feature")
+    source = f"SAE {record.sae.name}, {count}; model {features.store.manifest.model.name}"
     heads = "".join(
         f'<th scope="col"><button type="button" data-column="{name}">{heading}</button></th>'
         for name, heading in _COLUMNS.items()
@@ -161,8 +164,8 @@ def _page(features: Features, tokens: int, pages: Collection[int]) -> str:
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f'<h1>{escape(title)}</h1><p class="from">{escape(source)}; {len(features):,} tokens</p>',
+            f"{index_title(features)}<style>{style}</style></head><body>",
+            f'<h1>{escape(title)}</h1><p class="from">{escape(source)}; {counted(len(features), "token")}</p>',
             '<form role="search"><label>Search number, label or token <input type="search" name="words"></label>',
             '<label><input type="checkbox" name="dead"> never active ones, too</label>',
             '<span role="status"></span></form>',

@@ -29,6 +29,7 @@ function make(tag, parent, content = "", kind = "") {
 }
 
 const short = (value) => (value === null ? "none" : String(Number(value.toPrecision(4))));
+const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const number = (name) => Number(controls[name].value);
 const site = () => controls.site.value;
 const rtl = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
@@ -52,8 +53,8 @@ function choices(select, names) {
 async function begin() {
   about = await ask("about");
   document.title = `${about.name}: linked views`;
-  find("#about").textContent = `${about.name}, ${about.model}; ${about.rows.toLocaleString("en")} tokens in ${about.sequences.toLocaleString("en")} sequences`
-    + about.features.map(([name, count]) => `; ${count.toLocaleString("en")} features ${name}`).join("");
+  find("#about").textContent = `${about.name}, ${about.model}; ${counted(about.rows, "token")} in ${counted(about.sequences, "sequence")}`
+    + about.features.map(([name, count]) => `; ${counted(count, "feature")} ${name}`).join("");
   controls.sequence.max = about.sequences - 1;
   choices(controls.site, about.norms);
   about.features.forEach(([name], at) => { make("option", controls.features, name).value = at; });
@@ -106,7 +107,7 @@ async function blockAt(sequence) {
   block.element.setAttribute("role", "group");
   block.element.setAttribute("aria-label", `sequence ${sequence}`);
   block.element.dataset.name = sequence;
-  if (block.left_out) block.element.dataset.left = `${block.left_out.toLocaleString("en")} more tokens of this sequence are not shown`;
+  if (block.left_out) block.element.dataset.left = `not shown: ${counted(block.left_out, "more token")} of this sequence`;
   let run = null;
   block.texts.forEach((word, at) => {
     const backward = rtl.test(word);
@@ -220,7 +221,7 @@ async function sinks() {
   const answer = await ask("sinks");
   const table = find("#sinks table");
   find("#sinks .note").textContent = answer.layers.length
-    ? `mean over ${answer.rows.toLocaleString("en")} later tokens; columns are heads; a cell shows its head over the text` : "record attn_first or pattern to see it";
+    ? `mean over ${counted(answer.rows, "later token")}; columns are heads; a cell shows its head over the text` : "record attn_first or pattern to see it";
   find("#sinks .key").hidden = !answer.layers.length;
   const numbers = make("tr", table);
   make("th", numbers, "layer").scope = "col";
@@ -294,7 +295,7 @@ async function active(row) {
 
 async function neighbours(row) {
   const answer = await ask("neighbours", { row, site: site(), layer: number("layer") });
-  find("#neighbours .note").textContent = `cosine similarity at ${site()}.${number("layer")}, among ${answer.searched.toLocaleString("en")} tokens`;
+  find("#neighbours .note").textContent = `cosine similarity at ${site()}.${number("layer")}, among ${counted(answer.searched, "token")}`;
   find("#neighbours ol").replaceChildren(...answer.neighbours.map(([other, sequence, value, before, word, after]) => {
     const line = make("li", null);
     const go = make("button", line, short(value));
