@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workbench.figures.readable import CONTINUED, readable_tokens, visual_order
+from workbench.figures.readable import (
+    CONTINUED,
+    byte_tokens,
+    readable_tokens,
+    readable_window,
+    visual_order,
+    vocabulary_texts,
+)
 
 BYTE_NAMES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
 
@@ -65,3 +72,46 @@ def test_runs_from_right_to_left_are_reversed():
     assert visual_order(["a", "b"]) == [0, 1]
     assert visual_order(["a", "ש", CONTINUED, "ל", CONTINUED]) == [0, 4, 3, 2, 1]  # its second half, too
     assert visual_order([]) == []
+
+
+@pytest.mark.parametrize("first", range(1, 7))
+@pytest.mark.parametrize("last", range(10, 16))
+def test_a_part_of_a_text_shows_no_bytes_as_letters(first, last):
+    text = "Привет日"
+    shown = readable_window(byte_names(text)[first:last])
+    assert set(shown) <= {*text, CONTINUED, "<0xD0>", "<0xD1>", "<0xE6>", "<0x97>"}
+    assert (shown[0] == CONTINUED) == (first % 2 == 1)
+    assert readable_window(["caf", "é"]) == ["caf", "é"]
+
+
+def test_parts_of_characters_in_a_vocabulary_are_bytes():
+    single = [byte_names(char)[0] for char in map(chr, range(33, 127))]
+    every = [name for name in _all_byte_names() if name not in single]
+    merged = [
+        "né",
+        "é",
+        "Ð",
+        " " + "".join(byte_names("日")[:2]),
+        "".join(byte_names("日本")[:5]),
+        "жук",
+        "日",
+        "naïve",
+    ]
+    vocabulary = (*single, *every, *merged)
+    first = len(single) + len(every)
+    high = {number for number, name in enumerate(vocabulary[:first]) if name in HIGH}
+    assert len(high) == 128
+    assert byte_tokens(vocabulary) == high | {first + 3, first + 4}
+    ids = [vocabulary.index("é"), first + 1, first + 3]
+    assert vocabulary_texts(vocabulary, ids, [vocabulary[n] for n in ids]) == ["<0xE9>", "é", "<0x20><0xE6><0x97>"]
+    assert byte_tokens(("a", "é", "Ð")) == frozenset()  # no byte-level vocabulary
+
+
+def _all_byte_names() -> list[str]:
+    printable = [ord(name) for name in BYTE_NAMES]
+    rest = [value for value in range(256) if value not in printable]
+    return [*BYTE_NAMES, *(chr(256 + n) for n in range(len(rest)))]
+
+
+# bytes from 128 on: those of Latin-1 that are printed keep their character; of the others, 33 are below 128
+HIGH = {name for name in _all_byte_names() if 0xA1 <= ord(name) <= 0xFF or ord(name) > 0x100 + 33}

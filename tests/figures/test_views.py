@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,9 @@ import pytest
 import xarray as xr
 from browser import visit
 from planted import linear_unembed, planted_store
+from plotly import io
+from plotly.io._base_renderers import NotebookRenderer
+from plotly.offline import get_plotlyjs
 from refusals import refused
 
 import workbench as wb
@@ -108,8 +112,12 @@ def test_the_head_picker_has_every_head():
         causal = np.tril(np.ones((5, 5), bool))
         np.testing.assert_allclose(np.array(trace.z, float)[causal], pattern[causal], rtol=1e-6)
         assert np.isnan(np.array(trace.z, float)[~causal]).all()
-    assert [trace.visible for trace in figure.data] == [True, False, False, None, None]
-    masked, small = figure.data[3:]
+    assert [trace.visible for trace in figure.data] == [True, False, False, None, None, None]
+    masked, small_masked, small = figure.data[3:]
+    grey = ~np.isnan(np.array(small_masked.z, float))
+    assert grey.sum() == 3 * 10  # keys after their query, of each head
+    np.testing.assert_array_equal(grey[:, 6:11], ~causal)
+    assert (small_masked.xaxis, small_masked.yaxis, small_masked.colorscale) == ("x2", "y2", masked.colorscale)
     np.testing.assert_array_equal(np.isnan(np.array(masked.z)), np.tril(np.ones((5, 5), bool)))
     assert np.array(small.z).shape == (5, 3 * 6)
     np.testing.assert_allclose(np.array(small.z)[:, 6:11][causal], patterns[1][causal], atol=1e-3)
@@ -381,11 +389,31 @@ def test_hostile_text_is_text_in_a_browser(views, tmp_path):
     assert "</script><script>" in texts["sinks-domains"]
 
 
-def test_picking_a_head_shows_it(views, tmp_path):
-    wb.export(views["sinks-attention"], tmp_path / "pick", formats=["html"])
+PAGES = {
+    "export": lambda figure, folder: wb.export(figure, folder, formats=["html"], theme="dark"),
+    "to_html": lambda figure, folder: (folder / "pick.html").write_text(figure.to_html(div_id="figure")),
+    "write_html": lambda figure, folder: figure.write_html(folder / "pick.html", div_id="figure"),
+    "notebook": lambda figure, folder: (folder / "pick.html").write_text(_in_notebook(figure)),
+}
+
+
+def _in_notebook(figure) -> str:
+    """The HTML that plotly's notebook renderer saves in a notebook, in a page with plotly's script."""
+    html = figure._repr_mimebundle_()["text/html"]
+    html = re.sub(r'<script src="https://[^>]*></script>', "", html)  # MathJax
+    number = re.search(r'<div id="([^"]+)" class="plotly-graph-div"', html)[1]
+    return f"<meta charset=utf-8><script>{get_plotlyjs()}</script>{html.replace(number, 'figure')}"
+
+
+@pytest.mark.parametrize("written", PAGES)
+def test_picking_a_head_shows_it(written, views, tmp_path, monkeypatch):
+    monkeypatch.setattr(NotebookRenderer, "activate", lambda renderer: None)  # which shows plotly's script
+    monkeypatch.setattr(io.renderers, "default", "notebook")
+    (tmp_path / "pick").mkdir()
+    PAGES[written](views["sinks-attention"], tmp_path / "pick")
     ((page,), console) = visit([tmp_path / "pick" / "pick.html"], PICK)
     assert console == []
-    assert page["value"]["before"] == [True, False, None, None]
+    assert page["value"]["before"] == [True, False, None, None, None]
     assert page["value"]["after"] == [False, True]
     assert page["value"]["pointed"] == [[True, False], [False, True], [True, False], [True, False]]
     assert page["value"]["title"] == views["sinks-attention"].layout.updatemenus[0].buttons[1].args[1]["title.text"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from store_example import write_store
 import workbench as wb
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
+from workbench.pages.feature_index import strongest_tokens
 
 
 def data_of(path) -> dict:
@@ -59,10 +61,50 @@ def test_the_index_in_a_browser(hostile_features, tmp_path):
         tab.run("form.words.value = 'no such word'; form.dispatchEvent(new Event('input'))")
         assert tab.run("document.querySelector('[role=status]').textContent") == "no feature has these words"
         tab.run("form.words.value = ''; form.dispatchEvent(new Event('input'))")
+        tab.run("data.active = data.active.map(() => 0); choose()")
+        status = "document.querySelector('[role=status]').textContent"
+        assert tab.run(status) == "no feature is active on these tokens"
+        tab.run("data.active[3] = 1; choose()")
+        assert tab.run(status) == "1 to 1 of 1 feature"
+        tab.run("location.reload()")
+        tab.wait("document.querySelector('tbody a')", 20)
         tab.mouse("tbody a")
         tab.wait(f"document.title == 'Feature {most} of {features.record.site}'", 20)
         assert tab.complaints == []
         assert {address for address in tab.requests if "favicon" not in address} == {index.as_uri(), page.as_uri()}
+
+
+def test_bytes_of_split_characters_are_no_letters(hostile_features, monkeypatch):
+    features, _, _ = hostile_features
+    words = list(features.texts.words)
+    rows = len(features)
+    cyrillic, letter = [len(words), len(words) + 1], len(words)  # "Ð" and "Ł" are the bytes of "П", alone a letter
+    codes = np.full(rows, letter)
+    codes[::3] = 0
+    codes[1:9:3], codes[2:9:3] = cyrillic
+    split = replace(features.texts, words=["a", *words[1:], "Ð", "Ł"], codes=codes)
+    monkeypatch.setitem(features.__dict__, "texts", split)
+    strongest, shown = strongest_tokens(features, 16)
+    for feature, numbers in enumerate(strongest):
+        expected = {_shown(int(row), codes, split.words) for row in features.rows_of(feature)[0][:16]}
+        assert {shown[number] for number in numbers} == expected
+    assert {"Ð", "<0xD0>", "<0x9F>"} <= {shown[number] for numbers in strongest for number in numbers}
+
+
+def _shown(row, codes, words):
+    bytes_of = {"Ð": "<0xD0>", "Ł": "<0x9F>"}
+    return bytes_of.get(words[codes[row]], words[codes[row]]) if row < 9 else words[codes[row]]
+
+
+def test_printed_tokens_stay_on_the_page(hostile_features, tmp_path):
+    features, _, _ = hostile_features
+    with chromium() as tab:
+        tab.size(680, 900)
+        tab.open(wb.feature_index(features, tmp_path / "index.html", tokens=16).as_uri())
+        tab.ask("Emulation.setEmulatedMedia", media="print")
+        edges = tab.run("[...document.querySelectorAll('td, code')].map((part) => part.getBoundingClientRect().right)")
+        assert len(edges) > 100
+        assert max(edges) <= 680
 
 
 def _labels(folder, names):
@@ -86,6 +128,10 @@ def test_the_command_and_wrong_requests(tmp_path):
     assert refused_by_cli(*command, "--sae", "demo").startswith("--sae is used on pages of features alone")
     assert refused_by_cli(*command, "--feature", 99).startswith("--feature 99 does not exist")
     assert not (tmp_path / "other").exists()
+    page = tmp_path / "new" / "index.html"
+    said = refused_by_cli("index", features.path, "--out", page)
+    assert said == f"folder {str(page)!r} is the name of a page; name its folder, {str(page.parent)!r}"
+    assert not page.exists()
     assert refused(RequestError, lambda: wb.feature_index(features, tmp_path)).startswith(f"{tmp_path} is a folder")
     assert "tokens must be a whole number, at least 1" in refused(
         RequestError, lambda: wb.feature_index(features, "x", tokens=0)

@@ -17,6 +17,7 @@ import workbench as wb
 from workbench.features.extract import extract_features
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
+from workbench.pages.feature_page import _histogram
 from workbench.sae.decoder import decoder_logits
 from workbench.sae.load import load_sae
 from workbench.store.reader import open_store
@@ -231,3 +232,33 @@ def test_wrong_requests_of_top(hostile_features, tmp_path):
     assert refused_by_cli(*command, 2, "--where", "tokn = 3").startswith("query 'tokn = 3': ")
     assert refused_by_cli("top", tmp_path, 2).startswith(f"no features at {tmp_path}: ")
     assert not (tmp_path / "p.html").exists()
+
+
+def test_a_page_links_to_those_beside_it_and_to_the_index(hostile_features, tmp_path):
+    features, sae, _ = hostile_features
+    feature = int(features.counts.argmax())
+    alone = wb.feature_page(features, feature, tmp_path / "alone" / f"feature-{feature}.html", sae=sae).read_text()
+    assert "<a href" not in alone
+    others = [number for number in range(features.shape[1]) if number != feature]
+    wb.feature_pages(features, tmp_path / "all", others[:-1])
+    (tmp_path / "all" / "feature-x.html").touch()
+    text = wb.feature_page(features, feature, tmp_path / "all" / "mine.html", sae=sae).read_text()
+    links = set(re.findall(r'<a href="([^"]*)"', text))
+    assert "index.html" in links
+    assert links > {"index.html"}
+    assert links <= {"index.html", *(f"feature-{number}.html" for number in others[:-1])}
+    assert '<a href="index.html"' in (tmp_path / "all" / f"feature-{others[0]}.html").read_text()
+    (tmp_path / "all" / "index.html").write_text("<title>Another page</title>")
+    assert "index.html" not in wb.feature_page(features, feature, tmp_path / "all" / "mine.html").read_text()
+
+
+def test_features_have_a_page_in_a_notebook(hostile_features):
+    features, sae, _ = hostile_features
+    card = features.page(np.int64(3), sae=sae, k=4)
+    assert card == wb.feature_card(features, 3, sae=sae, k=4)
+    assert "<iframe" in card._repr_html_()
+
+
+@pytest.mark.parametrize(("counts", "text"), [([1, 0], "1 token."), ([1, 2], "2 tokens.")])
+def test_the_highest_bar_is_counted_in_words(counts, text):
+    assert f"Highest bar: {text}</p>" in _histogram(np.array(counts), np.array([0.0, 1, 2]), "activation")

@@ -139,6 +139,25 @@ def test_the_keyboard_sorts_the_table(planted, tmp_path):
         assert page.requests == [path.as_uri()]
 
 
+def test_a_printed_atlas_has_whole_names_and_every_column(atlas, tmp_path):
+    path = atlas.write(tmp_path / "atlas.html")
+    printed = "[...document.querySelectorAll('.atlas:not([hidden])')]"
+    with chromium() as page:
+        page.size(680, 900)
+        page.open(path.as_uri())
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run(
+            "document.querySelectorAll('.atlas thead button').forEach((part) => { part.textContent += 'x'.repeat(9) })"
+        )
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        assert page.run(f"{printed}.length") > 1
+        headings = f"{printed}.flatMap((part) => [...part.tHead.rows[0].cells].slice(1))"
+        assert page.run(f"{headings}.length") == len(atlas.measured.measures)
+        assert page.run(f"Math.max(...{headings}.map((part) => part.getBoundingClientRect().right))") <= 680
+        heights = page.run(f"{printed}.flatMap((part) => [...part.tBodies[0].rows].map((row) => row.offsetHeight))")
+        assert max(heights) < 25  # one line
+
+
 def test_the_command_line_writes_page_and_table(demo_store, tmp_path, capsys):
     out, table = tmp_path / "atlas.html", tmp_path / "heads.csv"
     with pytest.raises(SystemExit) as ended:

@@ -85,7 +85,7 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(tmp_path)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert set(rules["script-src"].split()) == hashes
     assert rules["default-src"] == "'none'"
-    assert len(inline) == 3  # plotly once, and what draws
+    assert len(inline) == 4  # plotly once, and what draws
     assert len(drawings(page)) == 2
 
 
@@ -129,6 +129,7 @@ def test_a_long_table_is_cut_and_says_so(tmp_path):
     assert sum(tag == "td" for tag, _ in page.elements) == 4 * ROWS
     assert f"Table, {ROWS} of {ROWS + 5} rows" in page.text
     assert "0.1235 ·a" in page.text
+    assert "Table, 1 of 1 row " in written(tmp_path, [Section("part", table=table.head(1))]).text
 
 
 def test_sections_are_linked_in_order_with_what_was_found(tmp_path):
@@ -148,6 +149,24 @@ def test_sections_of_one_title_are_told_apart_by_what_differs(tmp_path):
     assert "lens of m: site resid_post.2" in page.text
     assert "sinks of m:" not in page.text
     assert "date 2026-01-02" in page.text
+
+
+def test_the_head_of_the_page_describes_the_texts(tmp_path):
+    known = {"model": "m", "model_fingerprint": "0123456789abcdef", "workbench": "0.1"}
+    texts = {"texts": "1 document, 3 sequences of at most 64 tokens", "sites": "embed, resid_post"}
+    sections = [
+        Section("a", provenance={**known, "store": "a.acts", "rows": 1}),  # saved before texts were recorded
+        Section("b", provenance={**known, "store": "my b.acts", "rows": 970, **texts}),
+        Section("c", provenance={**known, "store": "weights alone", "rows": 4096}),
+    ]
+    page = written(tmp_path, sections, date="2026-01-02")
+    for text in (
+        "date 2026-01-02",
+        "model m 0123456789ab",
+        "texts a.acts: 1 token my b.acts: 970 tokens; 1 document, 3 sequences of at most 64 tokens; sites embed, ",
+        "linked views workbench serve 'my b.acts' workbench serve a.acts workbench",
+    ):
+        assert text in page.text, page.text[:2000]
 
 
 def test_reports_of_a_folder_share_one_script(tmp_path):
@@ -218,7 +237,7 @@ def markup(path):
 def test_text_of_models_and_files_never_becomes_markup(results, markup):
     figures = sum(len(result.figures()) for result in results)
     assert {tag for tag, _ in markup.elements} <= TAGS
-    assert len(markup.scripts) == 3 + figures
+    assert len(markup.scripts) == 4 + figures
     names = {name for _, about in markup.elements for name in about}
     assert not [name for name in names if name.startswith("on") or name == "src"]
     links = {about["href"] for tag, about in markup.elements if tag == "a"}
@@ -308,10 +327,10 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         )
         page.run("dispatchEvent(new Event('afterprint'))")
         assert page.run("document.querySelectorAll('details[open]').length") == 1
-        assert (printed := page.pdf()).startswith(b"%PDF")
-        assert len(printed) > 50_000
+        assert len(page.pdf()) > 50_000
         page.size(680, 900)
         page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
         tables = "[...document.querySelectorAll('.data')].filter((part) => part.clientWidth)"
         assert page.run(f"{tables}.length") == 2
         whole = "(part) => part.scrollWidth <= part.parentElement.clientWidth"
@@ -324,3 +343,52 @@ def test_the_page_in_a_browser(results, path, tmp_path):
         assert page.run("[...document.querySelectorAll('.wide')].every((part) => part.clientWidth <= 390)")
         assert page.complaints == []
         assert set(page.requests) == {path.as_uri()}
+
+
+PRINTED_CELLS = """[...document.querySelectorAll('.data table:not([hidden])')].map((part) =>
+  [...part.rows].map((row) => [...row.cells].map((cell) => cell.textContent)))"""
+CUT = """[...document.querySelectorAll('table:not([hidden]) :is(th, td)')].filter((cell) => {
+  const range = document.createRange(); range.selectNodeContents(cell);
+  const right = range.getBoundingClientRect().right;
+  const lines = new Set([...range.getClientRects()].map((part) => Math.round(part.top)));
+  const broken = lines.size > 1 && !/\\s/.test(cell.textContent);
+  return broken || right > 680 || right > cell.getBoundingClientRect().right + 1;
+}).map((cell) => cell.textContent)"""
+
+
+def test_a_printed_table_goes_on_below_with_every_column_whole(tmp_path):
+    names = ["layer", "place", *(f"same_answer_high_{number}" for number in range(20))]
+    values = {name: np.linspace(-6.648e-05, 1, 4) + number for number, name in enumerate(names[2:])}
+    table = pd.DataFrame({"layer": [0, 1, 2, 3], "place": ["subject", "other", "end", "a" * 70], **values})
+    settings = [("a_name_of_a_setting", json.dumps({"key": "value " * 40}), "what it means")]
+    path = write_report([Section("part", table=table, settings=settings)], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(700, 900)
+        page.open(path.as_uri())
+        before = page.run(PRINTED_CELLS)
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        parts = page.run(PRINTED_CELLS)
+        assert len(parts) > 1
+        assert page.run(CUT) == []
+        for row in range(5):
+            keys = len([name for name in parts[1][0] if name in ("layer", "place")])
+            assert [cell for n, part in enumerate(parts) for cell in part[row][keys * (n > 0) :]] == before[0][row]
+        assert keys == 1  # the texts of the other one are long
+        page.run("dispatchEvent(new Event('afterprint'))")
+        assert page.run(PRINTED_CELLS) == before
+
+
+def test_printed_figures_leave_room_for_their_heading(tmp_path):
+    figures = {str(height): figure(width=600).update_layout(height=height) for height in (450, 800, 1600)}
+    path = write_report([Section("part", figures=figures)], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(700, 900)
+        page.open(path.as_uri())
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        page.wait("document.querySelectorAll('.plot .main-svg').length >= 3")
+        heights = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.getBoundingClientRect().height)")
+    assert heights[0] <= 345
+    assert heights[1] <= 560
+    assert heights[2] <= 900

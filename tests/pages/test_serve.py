@@ -46,6 +46,25 @@ def served(store):
     running.close()
 
 
+def byte_name(value):
+    """GPT-2's name of a byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [value for value in range(256) if value not in printable]
+    return chr(value) if value in printable else chr(256 + rest.index(value))
+
+
+def test_characters_are_whole_and_literal_points_stay(tmp_path):
+    words = [*map(byte_name, range(256)), " col·legi", "é"]
+    text = [256, *"приветмир".encode(), ord("a")]
+    rng = np.random.default_rng(0)
+    states = {"resid_post.0": np.eye(258)[[*text, *text]] + 0.01 * rng.random((2 * len(text), 258))}
+    view = LinkedView(planted_store(tmp_path / "x.acts", [text] * 2, states, linear_unembed(np.eye(258), words)))
+    assert view.sequence(0)["texts"][0] == " col·legi"
+    for row in range(1, 19):
+        assert set("".join(view._around(row, 0))) <= set(" col·legiприветмирa↪"), row
+    assert [view.lens(row)["tokens"][0][0] for row in (0, 1, 2, 19)] == ["·col·legi", "<0xD0>", "<0xBF>", "a"]
+
+
 def send_request(served, name="", method="GET", headers=None, token=None, **parameters):
     """Status and content of one request."""
     parts = urlsplit(served.address)
@@ -93,6 +112,9 @@ def test_answers_are_the_numbers_of_the_store(served, store):
     norms = answer(served, "norms", number=1, site="resid_post", layer=3)["values"]
     states = store["resid_post", 3][:].numpy()
     np.testing.assert_allclose(norms, np.linalg.norm(states[10:20], axis=1), rtol=1e-3)
+    full = [answer(served, "norms", number=n, site="resid_post", layer=3)["full"] for n in range(3)]
+    later = np.linalg.norm(np.delete(states, [0, 10, 20], axis=0), axis=1)
+    assert full == pytest.approx([later.max()] * 3, rel=1e-3)
     pattern = store["pattern", 3][:].numpy()
     sinks = answer(served, "sinks")
     later = np.arange(30) % 10 > 0
@@ -146,6 +168,7 @@ def test_features_of_a_row_and_over_the_text(two_folders):
         assert [value for _, value, *_ in lines] == pytest.approx(dense[9][expected], rel=1e-3)
         feature = lines[0][0]
         assert view.feature(number, 1, feature)["values"] == pytest.approx(dense[first:last, feature], rel=1e-3)
+        assert view.feature(number, 2, feature)["full"] == pytest.approx(dense[:, feature].max(), rel=1e-3)
         assert f"Feature {feature} of" in view.card(number, feature)
     assert refused(RequestError, lambda: view.active(2, 9)) == "folder 2 does not exist; there are 2: 0 to 1"
 
@@ -220,6 +243,17 @@ def test_the_views_in_a_browser(served, store):
         assert weights[10:] == [None] * 20  # attention stays in its sequence
         pattern = store["pattern", 3][9].numpy()[1]
         np.testing.assert_allclose([float(weight) for weight in weights[:10]], pattern, rtol=1e-3)
+        # the largest weight of the query has the full colour, and the others their share of it
+        shades = page.run(
+            "[...document.querySelectorAll('.token')].map((token) => token.style.getPropertyValue('--a'))"
+        )
+        expected = 0.75 * pattern / pattern.max()
+        np.testing.assert_allclose([float(shade) for shade in shades[:10]], expected, atol=2e-3)
+        scale = page.run("document.querySelector('#scale output').textContent")
+        assert scale == f"0 to {float(f'{pattern.max():.4g}'):g}, the query's largest"
+        heads = page.run("[...document.querySelectorAll('#sinks tr:first-child th')].map((cell) => cell.textContent)")
+        assert heads == ["layer", "0", "1"]
+        assert page.run("document.querySelector('#sinks .key').checkVisibility()")
         # a token opens its lens and its neighbours, by the keyboard alone; the selection is a query
         page.run("document.querySelector('.token[data-row=\"0\"]').focus()")
         page.key("ArrowLeft", 37)
@@ -283,6 +317,7 @@ def test_a_store_of_many_sequences_scrolls(tmp_path):
             page.open(served.address)
             page.wait(f"{count('.sequence')} > 1")
             assert page.run(count(".sequence")) < 20
+            assert page.run("document.querySelector('#scale output').textContent") == "0 to 16000 and above"
             scroll = "const list = document.querySelector('#tokens'); list.scrollTop = list.scrollHeight"
             sequence_numbers = "[...document.querySelectorAll('.sequence')].map(node => Number(node.dataset.name))"
             page.wait(f"(() => {{ {scroll}; return {sequence_numbers}.at(-1) == 39 }})()")
@@ -292,6 +327,8 @@ def test_a_store_of_many_sequences_scrolls(tmp_path):
             assert page.run("Number(document.querySelector('[name=sequence]').value)") in numbers
             last = page.run("[...document.querySelectorAll('.token')].at(-1).title")
             assert last == "row 15999, position 399: 16000"
+            scale = page.run("document.querySelector('#scale output').textContent")
+            assert scale == "0 to 16000 and above"  # of the store, not of what is shown
             assert page.run("document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
             page.wait(
                 f"(() => {{ document.querySelector('#tokens').scrollTop = 0; return {sequence_numbers}[0] == 0 }})()"

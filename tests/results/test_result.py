@@ -6,17 +6,20 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from plotly.offline import get_plotlyjs
 
 import workbench as wb
 from workbench.io.errors import DataError, RequestError
+from workbench.io.files import remove
 from workbench.model.load import Model
-from workbench.probes import LogitLens
-from workbench.results.result import Result, load_result, provenance, refuse_other
+from workbench.probes import AttentionSinks, LogitLens
+from workbench.results.result import SCRIPT, Result, load_result, provenance, refuse_other
 
 FILES = ("data.nc", "result.json", "table.parquet")
 
@@ -88,6 +91,8 @@ def test_provenance_says_what_made_it(result, store):
         "store": "t.acts",
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
+        "texts": "2 documents, 2 sequences of at most 256 tokens",
+        "sites": "resid_post",
         "settings": {
             "site": "resid_post",
             "where": None,
@@ -100,6 +105,9 @@ def test_provenance_says_what_made_it(result, store):
         "probe_class": "workbench.probes.logit_lens:LogitLens",
         "workbench": "0.1.0",
     }
+    chosen = dataclasses.replace(store.manifest, recording={"context": 64, "keep": [0]})
+    described = provenance(Mock(manifest=chosen, rows=1, sites=store.sites, path=store.path), LogitLens())
+    assert described["texts"] == "2 documents, 2 sequences of at most 64 tokens; rows chosen by keep=[0]"
     assert provenance(store, LogitLens(top_k=3))["settings"]["top_k"] == 3
 
 
@@ -140,6 +148,34 @@ def test_saved_figures_ask_nothing_of_the_network(saved):
         assert re.findall(r"https?:|//cdn|@import|<link|<iframe|<img", text) == []
         assert re.findall(r'\ssrc="([^"]*)"', text) == ["plotly.min.js"]
     assert (saved / "figures" / "plotly.min.js").stat().st_size > 1e6
+
+
+def test_results_of_a_folder_share_plotlys_script_and_can_be_moved_alone(result, saved, tmp_path):
+    second, third = (result.save(tmp_path / name) for name in ("second", "third"))
+    result.save(saved)  # again
+    scripts = [folder / SCRIPT for folder in (saved, second, third)]
+    assert len({script.stat().st_ino for script in scripts}) == 1
+    assert not list(tmp_path.rglob("*.partial"))
+    moved = second.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    remove(saved)
+    for folder in (moved, third):
+        assert load_result(folder).probe == "logit-lens"
+        assert (folder / SCRIPT).read_text() == get_plotlyjs()
+
+
+def test_without_hard_links_every_result_has_the_script(result, tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.results.result.os.link", Mock(side_effect=OSError("no links here")))
+    first, second = (result.save(tmp_path / name) for name in ("first", "second"))
+    assert (first / SCRIPT).read_bytes() == (second / SCRIPT).read_bytes() == get_plotlyjs().encode()
+
+
+def test_saved_pictures_of_heads_react_to_the_pointer(tmp_path):
+    model = wb.load_model("demo", device="cpu")
+    store = wb.record(model, ["Once upon a time"] * 4, sites=["pattern"], out=tmp_path / "x.acts", show_progress=False)
+    folder = AttentionSinks(length=4, min_visible=2, resamples=20).run(store).save(tmp_path / "sinks")
+    pages = {page.stem: page.read_text() for page in folder.glob("figures/*.html")}
+    watched = 'watchHeads(document.getElementById("attention"))'
+    assert [name for name, page in pages.items() if watched in page] == ["attention"]
 
 
 def test_saved_figures_hold_what_the_figure_holds(result, saved):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,7 @@ def demo(
         sections,
         out / "report.html",
         title="Workbench demo",
+        date=date.today().isoformat(),
         text=[
             f"{loaded.name} on {stores[0].rows:,} tokens of the embedded corpus, which has ground-truth labels for "
             "every word, so the probes' results can be checked. docs/demo-model.md describes it."

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from workbench.io.checks import as_path, check_kind, whole_number
 from workbench.io.errors import DataError, RequestError
 from workbench.io.files import sha256_file
 from workbench.io.tensors import map_arrays
+from workbench.sae.autoencoder import Sae
 from workbench.store.manifest import FEATURES, MANIFEST
 from workbench.store.reader import Rows, Store, open_store
 
@@ -221,6 +223,21 @@ class Features:
                 "context": [texts.around(int(row), context) for row in rows],
             }
         )
+
+    def page(self, feature: int | np.integer, *, sae: Sae | None = None, k: int = 10, context: int = 20) -> Any:
+        """Returns the page of a feature, which the last line of a notebook cell shows, as `feature_card` does.
+
+        Args:
+            feature: Id of the feature.
+            sae: The SAE that made the features, for promoted tokens and nearest features.
+            k: Number of strongest contexts.
+            context: Number of tokens on either side.
+
+        Raises:
+            RequestError: A feature that does not exist, or another SAE.
+        """
+        pages = import_module("workbench.pages.feature_page")  # by name: pages are made of features, not these of them
+        return pages.feature_card(self, int(feature), sae=sae, k=k, context=context)
 
     @cached_property
     def counts(self) -> Int64[np.ndarray, " feature"]:

@@ -34,9 +34,9 @@ def head_attention(
 ) -> go.Figure:
     """Draws query tokens (downward) by key tokens (rightward), coloured by attention weight, one head at a time.
 
-    A menu selects the head; in reports and exported pages, so does the pointer on its small picture above the map, and
-    a click keeps it. A second menu leaves out the first key, the usual attention sink, and scales the colours to the
-    others. Each row sums to 1. Keys after their query, which a causal model masks, are grey.
+    A menu selects the head; in reports, saved results and other HTML, so does the pointer on its small picture above
+    the map, and a click keeps it. A second menu leaves out the first key, the usual attention sink, and scales the
+    colours to the others. Each row sums to 1. Keys after their query, which a causal model masks, are grey.
 
     Args:
         patterns: Attention weights; only the first 16 heads and 160 tokens are drawn, and the subtitle says so.
@@ -58,7 +58,7 @@ def head_attention(
     side = max(420, 12 * len(names))
     height = side + _TOP + _BOTTOM
     if len(heads) > 1:
-        traces.append(_small_pictures(weights, heads))
+        traces += _small_pictures(weights, heads)
         height += _STRIP + 30
     layout = {
         "title": {"text": f"{title}, {heads[0]}", "subtitle": {"text": subtitle}},
@@ -89,14 +89,15 @@ def _map(pattern: Float[np.ndarray, "query key"], head: str, visible: bool) -> g
     )
 
 
-def _masked(causal: np.ndarray) -> go.Heatmap:
-    indices, grey = list(range(len(causal))), np.where(causal, np.nan, 1).astype(np.float32)
+def _masked(causal: np.ndarray, **axes: str) -> go.Heatmap:
+    across, down = (list(range(size)) for size in causal.shape[::-1])
+    grey = np.where(causal, np.nan, 1).astype(np.float32)
     look = {"colorscale": GREY, "zmin": 0, "zmax": 1, "showscale": False, "hoverinfo": "skip", "hoverongaps": False}
-    return go.Heatmap(z=grey, x=indices, y=indices, meta={"part": "masked", "decoration": True}, **look)
+    return go.Heatmap(z=grey, x=across, y=down, meta={"part": "masked", "decoration": True}, **look, **axes)
 
 
-def _small_pictures(weights: Float[np.ndarray, "head query key"], heads: Sequence[str]) -> go.Heatmap:
-    """Every head beside the others: maxima of blocks, so that a narrow stripe is not lost."""
+def _small_pictures(weights: Float[np.ndarray, "head query key"], heads: Sequence[str]) -> list[go.Heatmap]:
+    """Every head beside the others: maxima of blocks, so that a narrow stripe is kept; masked keys before them."""
     step = -(-weights.shape[1] // _SMALL)
     size = -(-weights.shape[1] // step)
     padded = np.full((len(weights), size * step, size * step), np.nan, np.float32)
@@ -104,7 +105,9 @@ def _small_pictures(weights: Float[np.ndarray, "head query key"], heads: Sequenc
     blocks = np.where(np.isnan(padded), -1, padded).reshape(len(weights), size, step, size, step).max((2, 4))
     small = np.where(blocks < 0, np.nan, blocks)
     gap = np.full((size, 1 + size // 12), np.nan, np.float32)
-    return go.Heatmap(
+    visible = np.concatenate([~np.isnan(small[0]), np.ones(gap.shape, bool)], axis=1)
+    masked = _masked(np.tile(visible, len(small)), xaxis="x2", yaxis="y2")
+    pictures = go.Heatmap(
         z=np.concatenate([part for picture in small for part in (picture, gap)], axis=1).round(3),
         customdata=[[head for head in heads for _ in range(size + gap.shape[1])]] * size,
         hovertemplate="%{customdata}<extra></extra>",
@@ -117,6 +120,7 @@ def _small_pictures(weights: Float[np.ndarray, "head query key"], heads: Sequenc
         yaxis="y2",
         meta={"part": "heads", "width": size + gap.shape[1], "decoration": True},
     )
+    return [masked, pictures]
 
 
 def _heads_menu(title: str, heads: Sequence[str]) -> dict[str, object]:

@@ -96,7 +96,8 @@ def _remove_menus(figure: go.Figure) -> list[str]:
 
 def _remove_small_pictures(figure: go.Figure) -> None:
     """Removes the small pictures of heads, which switch the large one."""
-    small = [trace for trace in figure.data if isinstance(trace.meta, Mapping) and trace.meta.get("part") == "heads"]
+    parts = [trace for trace in figure.data if isinstance(trace.meta, Mapping) and trace.xaxis == "x2"]
+    small = [trace for trace in parts if trace.meta.get("part") in ("heads", "masked")]
     if small:
         figure.data = [trace for trace in figure.data if trace not in small]
         figure.layout.xaxis2 = figure.layout.yaxis2 = figure.layout.yaxis.domain = None

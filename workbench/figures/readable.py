@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 CONTINUED = "↪"
 """Mark of a token that continues the character of the token before."""
 
+_WHOLE = rb"(?:[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3})"
+_BEGUN = rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})"
+_PART = re.compile(rb"[\x80-\xbf]{0,3}" + _WHOLE + rb"*" + _BEGUN + rb"?")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -29,6 +33,68 @@ def readable_tokens(tokens: Sequence[str]) -> list[str]:
             texts[place:end] = [text, *[CONTINUED] * (end - place - 1)]
         place = max(end, place + 1)
     return texts
+
+
+def readable_window(tokens: Sequence[str]) -> list[str]:
+    """Returns `readable_tokens` of a part of a text whose ends may cut characters, without bytes like letters.
+
+    Bytes that continue a character from before the part are "↪", the first bytes of one at its end are named: "<0xD0>".
+    A lone token may also be a letter of that name ("é"): it stays one where no character is split.
+    """
+    texts = readable_tokens(tokens)
+    if CONTINUED not in texts:
+        return texts
+    for place, token in enumerate(tokens):
+        data = _bytes(token)
+        if data is None or texts[place] != token or any(not 0x80 <= value < 0xC0 for value in data):
+            break
+        texts[place] = CONTINUED
+    for place in range(len(tokens) - 1, max(-1, len(tokens) - 4), -1):
+        data = _bytes(tokens[place])
+        if data is None or texts[place] != tokens[place] or _decoded(data) is not None:
+            break
+        texts[place] = byte_names(tokens[place])
+    return texts
+
+
+def byte_names(token: str) -> str:
+    """Returns the bytes that a token of the vocabulary stands for, `<0xD0>`; a token that names none as it is."""
+    data = _bytes(token)
+    return token if data is None else "".join(f"<0x{value:02X}>" for value in data)
+
+
+def may_be_bytes(token: str) -> bool:
+    """Returns True for a text that is also the name of bytes that are no whole characters: "Ð", "é", "<0xD0>"."""
+    data = None if token.isascii() and not _BYTE.fullmatch(token) else _bytes(token)
+    return data is not None and _decoded(data) is None
+
+
+def vocabulary_texts(vocabulary: tuple[str, ...], ids: Iterable[int], texts: Iterable[str]) -> list[str]:
+    """Returns the texts of some tokens of a vocabulary, bytes in place of parts of characters: `<0xD0>`, not "Ð"."""
+    parts = byte_tokens(vocabulary)
+    return [byte_names(text) if number in parts else text for number, text in zip(ids, texts, strict=True)]
+
+
+@lru_cache(maxsize=2)
+def byte_tokens(vocabulary: tuple[str, ...]) -> frozenset[int]:
+    """Returns the ids of tokens of a byte-level vocabulary that are parts of characters, whose text is a name.
+
+    Such a vocabulary has a token for every byte, before those that were merged of them: of two entries "é", the first
+    is a byte and the second the letter.
+    """
+    first = {token: number for number, token in reversed(list(enumerate(vocabulary)))}
+    if not all(name in first for name, value in _BYTES.items() if value >= 0x80):
+        return frozenset()
+    single = {first[name] for name, value in _BYTES.items() if value >= 0x80}
+    long = ((number, token) for number, token in enumerate(vocabulary) if len(token) > 1 and not token.isascii())
+    parts = (number for number, token in long if _is_part(token))
+    return frozenset(single.union(parts))
+
+
+def _is_part(token: str) -> bool:
+    """True for the name of bytes that begin or end within a character, and of nothing else but a space before them."""
+    data = _bytes(token.removeprefix(" "))
+    return data is not None and _decoded(data) is None and bool(_PART.fullmatch(data))
 
 
 def visual_order(tokens: Sequence[str]) -> list[int]:

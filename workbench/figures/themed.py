@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -46,11 +47,38 @@ class ThemedFigure(go.Figure):
     def show(self, *args: Any, **kwargs: Any) -> None:
         """Shows the figure as plotly does, after the style that follows the theme of a notebook."""
         _show_style(kwargs.get("renderer"))
-        super().show(*args, **kwargs)
+        super().show(*args, **self._scripted(kwargs))
+
+    def to_html(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the page that plotly makes, in which the pictures of heads react to the pointer."""
+        return super().to_html(*args, **self._scripted(kwargs))
+
+    def write_html(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the page of `to_html`."""
+        super().write_html(*args, **self._scripted(kwargs))
 
     def _ipython_display_(self) -> None:
-        _show_style(None)
-        super()._ipython_display_()
+        from plotly import io
+
+        if io.renderers.render_on_display and io.renderers.default:
+            self.show()
+        else:
+            super()._ipython_display_()
+
+    def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super()._repr_mimebundle_(*args, **self._scripted(kwargs))
+
+    def _scripted(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of plotly's pages with the script of a figure that has pictures of heads."""
+        meta = self.layout.meta  # pyright: ignore[reportAttributeAccessIssue]  # plotly
+        if not isinstance(meta, Mapping) or "heads" not in meta:
+            return dict(options)
+        scripts = options.get("post_script") or []
+        scripts = [scripts] if isinstance(scripts, str) else list(scripts)
+        return {
+            **options,
+            "post_script": [*scripts, f'{head_pictures()}watchHeads(document.getElementById("{{plot_id}}"));'],
+        }
 
 
 def _without_none(value: Any) -> Any:
@@ -65,6 +93,11 @@ def themed(figure: go.Figure) -> ThemedFigure:
     figure = figure if isinstance(figure, ThemedFigure) else ThemedFigure(figure)
     write_out_log_ticks(figure)
     return figure
+
+
+def head_pictures() -> str:
+    """Returns the script by which the pictures of heads react: `watchHeads(plot)`, after plotly's own."""
+    return (Path(__file__).parent / "head_pictures.js").read_text(encoding="utf-8")
 
 
 def is_style(markup: str) -> bool:

@@ -81,8 +81,8 @@ function draw() {
   const part = shown.slice(first, first + PAGE);
   body.replaceChildren(...part.map(line));
   status_.textContent = part.length
-    ? `${numbers.format(first + 1)} to ${numbers.format(first + part.length)} of ${numbers.format(shown.length)} features`
-    : "no feature has these words";
+    ? `${numbers.format(first + 1)} to ${numbers.format(first + part.length)} of ${numbers.format(shown.length)} feature${shown.length === 1 ? "" : "s"}`
+    : form.words.value.trim() ? "no feature has these words" : "no feature is active on these tokens";
   back.disabled = first === 0;
   on.disabled = first + PAGE >= shown.length;
   document.querySelectorAll("th").forEach((head) => {

@@ -15,16 +15,19 @@ from jaxtyping import Int64
 from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
 from workbench.figures.markup import escape
+from workbench.figures.readable import byte_names, may_be_bytes, readable_tokens
 from workbench.figures.safe_text import visible
 from workbench.io.checks import as_path, whole_number
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
-from workbench.pages.feature_page import feature_page, page_name
+from workbench.pages.feature_page import INDEX, feature_page, index_title, page_name
 from workbench.sae.autoencoder import Sae
 
 _FOLDER = Path(__file__).parent
 _READ = 16  # strongest rows of a feature whose tokens are looked at
+_SPLIT = 4  # tokens on either side that may share a character
 _TOKEN_LENGTH, _NAME_LENGTH = 24, 200
 _COLUMNS = {"feature": "feature", "active": "active tokens", "max": "largest activation", "label": "label"}
 
@@ -71,9 +74,11 @@ def feature_pages(
         The files, the index first.
 
     Raises:
-        RequestError: A feature that does not exist, another SAE, or a folder that is a file.
+        RequestError: A feature that does not exist, another SAE, or a folder that is a file or has the name of a page.
     """
     folder = as_path("folder", folder)
+    if folder.suffix.lower() in (".html", ".htm") and not folder.is_dir():
+        raise RequestError(f"folder {str(folder)!r} is the name of a page; name its folder, {str(folder.parent)!r}")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"folder {str(folder)!r} is a file; name a folder")
     for feature in chosen:
@@ -81,20 +86,38 @@ def feature_pages(
     paths = [
         feature_page(features, feature, folder / page_name(feature), sae=sae, k=k, pages=chosen) for feature in chosen
     ]
-    return [feature_index(features, folder / "index.html", pages=chosen), *paths]
+    return [feature_index(features, folder / INDEX, pages=chosen), *paths]
 
 
 def strongest_tokens(features: Features, tokens: int) -> tuple[list[list[int]], list[str]]:
     """Returns for each feature the codes of different tokens it is strongest on, and the text of each code.
 
-    At most the 16 rows with the largest activations of a feature are looked at.
+    At most the 16 rows with the largest activations of a feature are looked at. A part of a character that is split
+    over several tokens is named by its bytes: `<0xD0>`.
     """
-    starts, counts = features.by_feature["indptr"][:-1], features.counts
+    starts, counts, words = features.by_feature["indptr"][:-1], features.counts, list(features.texts.words)
     codes = np.full((_READ, features.shape[1]), -1, np.int64)
+    possible = np.array([may_be_bytes(word) for word in words], bool)
+    parts: dict[int, int] = {}  # code of the bytes for that of a token
     for rank in range(_READ):
         active = np.flatnonzero(counts > rank)
-        codes[rank, active] = features.texts.codes[features.by_feature["row"][starts[active] + rank]]
-    return [_distinct(column, tokens) for column in codes.T], features.texts.words
+        rows = features.by_feature["row"][starts[active] + rank]
+        codes[rank, active] = features.texts.codes[rows]
+        for at in np.flatnonzero(possible[codes[rank, active]]).tolist():
+            code = int(codes[rank, active[at]])
+            if _is_split(features, int(rows[at])):
+                if code not in parts:
+                    parts[code] = len(words)
+                    words.append(byte_names(words[code]))
+                codes[rank, active[at]] = parts[code]
+    return [_distinct(column, tokens) for column in codes.T], words
+
+
+def _is_split(features: Features, row: int) -> bool:
+    """True for a token that shares a character with its neighbours."""
+    near, texts = features.texts.near(row, _SPLIT), features.texts
+    tokens = [texts.words[code] for code in texts.codes[near]]
+    return readable_tokens(tokens)[row - near.start] != tokens[row - near.start]
 
 
 def _distinct(codes: Int64[np.ndarray, " rank"], tokens: int) -> list[int]:
@@ -131,7 +154,8 @@ def _page(features: Features, tokens: int, pages: Collection[int]) -> str:
     code = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{code}'; style-src 'unsafe-inline'; base-uri 'none'"
     data = json.dumps(_data(features, tokens, pages), separators=(",", ":"), ensure_ascii=False)
-    source = f"SAE {record.sae.name}, {features.shape[1]:,} features; model {features.store.manifest.model.name}"
+    count = counted(features.shape[1], "feature")
+    source = f"SAE {record.sae.name}, {count}; model {features.store.manifest.model.name}"
     heads = "".join(
         f'<th scope="col"><button type="button" data-column="{name}">{heading}</button></th>'
         for name, heading in _COLUMNS.items()
@@ -141,8 +165,8 @@ def _page(features: Features, tokens: int, pages: Collection[int]) -> str:
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f'<h1>{escape(title)}</h1><p class="from">{escape(source)}; {len(features):,} tokens</p>',
+            f"{index_title(features)}<style>{style}</style></head><body>",
+            f'<h1>{escape(title)}</h1><p class="from">{escape(source)}; {counted(len(features), "token")}</p>',
             '<form role="search"><label>Search number, label or token <input type="search" name="words"></label>',
             '<label><input type="checkbox" name="dead"> never active ones, too</label>',
             '<span role="status"></span></form>',

@@ -7,6 +7,7 @@ characters are spelt out.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,19 @@ from workbench.features.labels import names_of, with_names
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, coactivation, feature_contexts, feature_histogram, feature_quantiles
 from workbench.figures.markup import escape, inert
-from workbench.figures.readable import readable_tokens
+from workbench.figures.readable import readable_window, vocabulary_texts
 from workbench.figures.safe_text import sentence, visible
 from workbench.io.checks import as_path, whole_number
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable
 from workbench.io.saving import save_text
 from workbench.model.unembed import load_unembed
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import decoder_logits, extreme_tokens, nearest_features
+
+INDEX = "index.html"
+"""Name of the index of features beside their pages."""
 
 _TOKENS, _NEIGHBOURS = 10, 10
 _QUANTILES = {0.1: "10 %", 0.5: "median", 0.9: "90 %"}
@@ -52,7 +57,7 @@ def feature_page(
     sae: Sae | None = None,
     k: int = 20,
     context: int = 20,
-    pages: Collection[int] = (),
+    pages: Collection[int] | None = None,
 ) -> Path:
     """Writes a page about one feature to the HTML file `path`, replacing an existing file, and returns the path.
 
@@ -70,7 +75,8 @@ def feature_page(
         sae: The SAE that made the features. None: leave its panels out.
         k: Number of strongest contexts.
         context: Number of tokens on either side.
-        pages: Features that have a page beside this one (`page_name`), to which this one links.
+        pages: Features that have a page beside this one (`page_name`), to which this one links, as it does to the index
+            of features. None: those whose pages and index are in the folder already.
 
     Raises:
         RequestError: A feature that does not exist, another SAE, or a path that is a folder.
@@ -79,8 +85,29 @@ def feature_page(
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name the file, such as {path / page_name(feature)}")
     check_writable(path, "path")
-    page = feature_html(features, feature, sae=sae, k=k, context=context, pages=pages)
+    index = pages is not None or _is_index(path.parent / INDEX, features)
+    known = _pages_in(path.parent) if pages is None else pages
+    page = feature_html(features, feature, sae=sae, k=k, context=context, pages=known, index=index)
     return save_text(path, page)
+
+
+def _pages_in(folder: Path) -> list[int]:
+    """Features that have a page in a folder."""
+    names = (re.fullmatch(r"feature-(\d{1,18})\.html", path.name) for path in folder.glob(page_name("*")))
+    return [int(name[1]) for name in names if name]
+
+
+def _is_index(path: Path, features: Features) -> bool:
+    """True for an index of these features, by its title."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return index_title(features).encode() in file.read(1_000)
+
+
+def index_title(features: Features) -> str:
+    """Returns the title of the index of features, as markup."""
+    return f"<title>{escape(f'Features of {features.record.site}')}</title>"
 
 
 @dataclass(frozen=True)
@@ -118,15 +145,22 @@ def feature_card(
     return FeatureCard(f"Feature {feature} of {features.record.site}", page)
 
 
-def page_name(feature: int) -> str:
+def page_name(feature: int | str) -> str:
     """Returns the name of a feature's file beside the pages of others: `feature-17.html`."""
     return f"feature-{feature}.html"
 
 
 def feature_html(
-    features: Features, feature: int, *, sae: Sae | None, k: int, context: int, pages: Collection[int] = ()
+    features: Features,
+    feature: int,
+    *,
+    sae: Sae | None,
+    k: int,
+    context: int,
+    pages: Collection[int] = (),
+    index: bool = False,
 ) -> str:
-    """Returns the page that `feature_page` writes."""
+    """Returns the page that `feature_page` writes; with `index` it links to the index of features beside it."""
     k = whole_number("k", k, at_least=1)
     context = whole_number("context", context, at_least=1)
     rows, values = features.rows_of(feature)
@@ -141,6 +175,7 @@ def feature_html(
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+            f'<p class="from"><a href="{INDEX}">All features</a></p>' if index else "",
             f"<h1>{escape(title)}</h1>{_label(features, feature)}",
             f'<p class="from">{escape(_source(features))}</p>',
             '<div class="panels">',
@@ -157,7 +192,8 @@ def feature_html(
 
 def _source(features: Features) -> str:
     model = features.store.manifest.model.name
-    return f"SAE {features.record.sae.name}, {features.shape[1]:,} features; model {model}; {len(features):,} tokens"
+    sae = f"SAE {features.record.sae.name}, {counted(features.shape[1], 'feature')}"
+    return f"{sae}; model {model}; {counted(len(features), 'token')}"
 
 
 def _label(features: Features, feature: int) -> str:
@@ -176,7 +212,7 @@ def _panel(title: str, *parts: str) -> str:
 
 def _statistics(features: Features, feature: int) -> str:
     active = int(features.counts[feature])
-    share = f"Active on {active:,} of {len(features):,} tokens ({100 * active / max(1, len(features)):.3g} %)"
+    share = f"Active on {active:,} of {counted(len(features), 'token')} ({100 * active / max(1, len(features)):.3g} %)"
     if not active:
         return f'<p class="note">{share}</p>'
     quantiles = feature_quantiles(features, list(_QUANTILES))[feature]
@@ -186,10 +222,10 @@ def _statistics(features: Features, feature: int) -> str:
 
 def _bars(features: Features, feature: int) -> str:
     counts, edges = feature_histogram(features, feature)
-    return _histogram(counts, edges, "activation", "tokens") if counts.any() else ""
+    return _histogram(counts, edges, "activation") if counts.any() else ""
 
 
-def _histogram(counts: Int64[np.ndarray, " bin"], edges: Float[np.ndarray, " edge"], unit: str, kind: str) -> str:
+def _histogram(counts: Int64[np.ndarray, " bin"], edges: Float[np.ndarray, " edge"], unit: str, of: str = "") -> str:
     """A histogram as SVG (plotly would add 5 MB to the page): bars above 0 and below 0 have their own colours."""
     width, heights = 100 / len(counts), 100 * counts / counts.max()
     bars = "".join(
@@ -199,12 +235,12 @@ def _histogram(counts: Int64[np.ndarray, " bin"], edges: Float[np.ndarray, " edg
         for n, height in enumerate(heights)
         if height
     )
-    first, last = f"{edges[0]:.3g}", f"{edges[-1]:.3g}"
-    label = f"Histogram of {unit} from {first} to {last}, highest bar {counts.max():,} {kind}"
+    first, last, highest = f"{edges[0]:.3g}", f"{edges[-1]:.3g}", f"{counted(int(counts.max()), 'token')}{of}"
+    label = f"Histogram of {unit} from {first} to {last}, highest bar {highest}"
     return (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}</svg>'
         f'<div class="axis"><span>{first}</span><span>{unit}</span><span>{last}</span></div>'
-        f'<p class="note">Highest bar: {counts.max():,} {kind}.</p>'
+        f'<p class="note">Highest bar: {highest}.</p>'
     )
 
 
@@ -218,10 +254,11 @@ def _decoder_panels(features: Features, feature: int, sae: Sae, pages: Collectio
         yield _panel("Promoted tokens", f'<p class="note">{escape(str(error))}</p>')
     else:
         table = extreme_tokens(effects, unembed, _TOKENS)
+        table["token"] = vocabulary_texts(unembed.tokens or (), table["token_id"], table["token"])
         yield _panel("Promoted tokens", _tokens_table(table.iloc[:_TOKENS]))
         yield _panel("Suppressed tokens", _tokens_table(table.iloc[: -_TOKENS - 1 : -1]))
         counts, edges = np.histogram(effects.double().cpu().numpy(), bins=_BINS)
-        yield _panel("Logits of all tokens", _histogram(counts, edges, "logit", "tokens of the vocabulary"))
+        yield _panel("Logits of all tokens", _histogram(counts, edges, "logit", " of the vocabulary"))
     nearest = nearest_features(sae, feature, _NEIGHBOURS)
     yield _panel("Nearest by decoder", _features_table(with_names(nearest, features.labels), ("cosine",), pages))
 
@@ -283,7 +320,7 @@ def _across(features: Features, feature: int, context: int, scale: float) -> str
     parts = []
     for high, low, first, last in zip(edges[:-1], edges[1:], ends[:-1], ends[1:], strict=True):
         chosen = rows[np.unique(np.linspace(first, last - 1, _OF_GROUP).astype(int))] if last > first else []
-        share = f"{100 * (last - first) / len(rows):.3g} % of its {len(rows):,} active tokens"
+        share = f"{100 * (last - first) / len(rows):.3g} % of its {counted(len(rows), 'active token')}"
         parts.append(f"<h3>{low:.3g} to {high:.3g} <small>{share}</small></h3>")
         parts.append(_folded(_alike(feature_contexts(features, feature, chosen, context)), scale))
     return _section("Contexts across the range of activations", "".join(parts), scale)
@@ -321,7 +358,7 @@ def _context(context: Context, scale: float) -> str:
     text = "".join(
         _shaded(token, activation, scale, is_target=n == context.at)
         for n, (token, activation) in enumerate(
-            zip(readable_tokens(context.tokens), context.activations.tolist(), strict=True)
+            zip(readable_window(context.tokens), context.activations.tolist(), strict=True)
         )
     )
     return f'<div class="context"><div class="value">{value}</div><div class="text">{text}</div></div>'

@@ -1,5 +1,5 @@
 "use strict";
-// What figures can do besides plotly's own: fit a page of any width, show a head for each small picture.
+// What figures can do besides plotly's own: fit a page of any width. `watchHeads` is in head_pictures.js.
 const NARROW = 520; // pixels: below, the key of a figure stands below its plot
 const TITLED = 760; // pixels that a title beside plotly's buttons needs
 const CHARACTER = 6.8; // width at 12 to 13 pixels
@@ -180,31 +180,6 @@ function narrowFigure({ data: drawn, layout: given }, room, fullWidth) {
   const size = { width, height: Math.round(plot + margin.t + (margin.b ?? 60) + key.height + below) };
   const rest = { legend: key.legend, margin, ...(layout.annotations && { annotations: titled }) };
   return { data, layout: { ...layout, ...rest, ...axes, ...size, title: undefined } };
-}
-
-// The pointer on a small picture shows its head, a click keeps it.
-function watchHeads(plot) {
-  const { heads, title } = plot.layout?.meta ?? {};
-  const small = plot.data?.find((trace) => trace.meta?.part === "heads");
-  if (!small || plot.dataset.heads) return;
-  plot.dataset.heads = heads;
-  let kept = 0;
-  const show = (head) => {
-    const visible = Array.from({ length: heads }, (_, at) => at === head);
-    Plotly.update(plot, { visible }, { ...(plot.layout.title?.text && { "title.text": `${title}, ${plot.data[head].name}` }),
-      "updatemenus[0].active": head }, [...visible.keys()]);
-  };
-  const at = (event) => {
-    const point = event.points.find(({ data }) => data.meta?.part === "heads");
-    return point ? Math.min(heads - 1, Math.floor(point.x / small.meta.width)) : null;
-  };
-  plot.on("plotly_hover", (event) => { const head = at(event); if (head !== null) show(head); });
-  plot.on("plotly_unhover", (event) => { if (at(event) !== null) show(kept); });
-  plot.on("plotly_click", (event) => { const head = at(event); if (head !== null) { kept = head; show(head); } });
-  plot.on("plotly_buttonclicked", ({ button }) => {
-    const head = plot.data.slice(0, heads).findIndex((trace) => trace.name === button.label);
-    if (head >= 0) kept = head; // from the menu of heads
-  });
 }
 
 // Plotly's buttons, without its logo; a phone has no room for them.

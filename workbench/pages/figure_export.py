@@ -217,9 +217,11 @@ def _drawing(figure: Figure, theme: str) -> str:
 def _page(figure: Figure, description: Mapping[str, str], theme: str, plotlyjs: str) -> str:
     from plotly.offline import get_plotlyjs
 
+    from workbench.figures.themed import head_pictures
+
     script = f'<script src="{_SCRIPT}"></script>' if plotlyjs == "shared" else f"<script>{get_plotlyjs()}</script>"
     safe = {name: escape(text) for name, text in description.items()}
-    show = (Path(__file__).parent / "figure.js").read_text(encoding="utf-8")
+    show = head_pictures() + (Path(__file__).parent / "figure.js").read_text(encoding="utf-8")
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -12,6 +12,7 @@ from workbench.analysis.head_measures import HeadMeasure, HeadMeasures, measure_
 from workbench.figures.markup import cell, escape, frame, inert, table
 from workbench.figures.safe_text import label, sentence
 from workbench.io.checks import as_path
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_text
 from workbench.pages.report import document, figure_markup, wide
@@ -56,7 +57,7 @@ class HeadAtlas:
             values[np.searchsorted(layers, data["layer"]), data["head"]] = data[measure.name]
             panels.append(HeadPanel(sentence(measure.name), values, _limits(measure, data)))
         title = f"Heads of {label(self.measured.model, 60)}"
-        subtitle = f"{len(data):,} heads; the range of colours stands behind each name"
+        subtitle = f"{counted(len(data), 'head')}; the range of colours stands behind each name"
         return head_panels(panels, layers=layers, title=title, subtitle=subtitle)
 
     def write(self, path: str | Path) -> Path:
@@ -86,7 +87,8 @@ class HeadAtlas:
         return "\n".join(
             [
                 f"<header><h1>{escape(title)}</h1>",
-                f"<p>{len(self.table):,} heads, {len(measured.measures)} measures. Sort by a column with its button; "
+                f"<p>{counted(len(self.table), 'head')}, {counted(len(measured.measures), 'measure')}. "
+                "Sort by a column with its button; "
                 "a second time turns the order round.</p></header>",
                 '<main id="results">',
                 figure_markup(self.figure(), "heads"),

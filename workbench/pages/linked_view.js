@@ -8,7 +8,7 @@ let about;
 let blocks = [];  // the sequences in the list, one after another
 let focus = 0, anchor = 0;  // rows
 let shows = 0;  // how often the list was begun anew
-let full = 1;  // the value of full colour
+let full = 1;  // the value of full colour, the same for all sequences
 let explained = null;  // the row whose lens, features and neighbours are shown
 const selected = new Set();
 const AHEAD = 2;  // heights of the list that are filled beyond what is seen, on either side
@@ -29,6 +29,7 @@ function make(tag, parent, content = "", kind = "") {
 }
 
 const short = (value) => (value === null ? "none" : String(Number(value.toPrecision(4))));
+const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const number = (name) => Number(controls[name].value);
 const site = () => controls.site.value;
 const rtl = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
@@ -52,8 +53,8 @@ function choices(select, names) {
 async function begin() {
   about = await ask("about");
   document.title = `${about.name}: linked views`;
-  find("#about").textContent = `${about.name}, ${about.model}; ${about.rows.toLocaleString("en")} tokens in ${about.sequences.toLocaleString("en")} sequences`
-    + about.features.map(([name, count]) => `; ${count.toLocaleString("en")} features ${name}`).join("");
+  find("#about").textContent = `${about.name}, ${about.model}; ${counted(about.rows, "token")} in ${counted(about.sequences, "sequence")}`
+    + about.features.map(([name, count]) => `; ${counted(count, "feature")} ${name}`).join("");
   controls.sequence.max = about.sequences - 1;
   choices(controls.site, about.norms);
   about.features.forEach(([name], at) => { make("option", controls.features, name).value = at; });
@@ -106,13 +107,13 @@ async function blockAt(sequence) {
   block.element.setAttribute("role", "group");
   block.element.setAttribute("aria-label", `sequence ${sequence}`);
   block.element.dataset.name = sequence;
-  if (block.left_out) block.element.dataset.left = `${block.left_out.toLocaleString("en")} more tokens of this sequence are not shown`;
+  if (block.left_out) block.element.dataset.left = `not shown: ${counted(block.left_out, "more token")} of this sequence`;
   let run = null;
   block.texts.forEach((word, at) => {
     const backward = rtl.test(word);
     if (backward && !run) { run = make("bdi", block.element); run.dir = "rtl"; }
     if (!backward && run && /\p{L}/u.test(word)) run = null;
-    const token = make("span", run ?? block.element, word.replace(/·/g, " "), "token");
+    const token = make("span", run ?? block.element, word, "token");
     token.setAttribute("role", "option");
     token.dataset.row = block.first + at;
     block.tokens.push(token);
@@ -125,8 +126,9 @@ async function readValues(block) {
   const kind = controls.colour.value, which = { number: block.sequence };
   block.pattern = null;
   block.values = [];
-  if (kind === "feature") block.values = (await ask("feature", { ...which, folder: number("features"), feature: number("feature") })).values;
-  else if (kind === "norm" && site()) block.values = (await ask("norms", { ...which, site: site(), layer: number("layer") })).values;
+  block.full = 0;
+  if (kind === "feature") Object.assign(block, await ask("feature", { ...which, folder: number("features"), feature: number("feature") }));
+  else if (kind === "norm" && site()) Object.assign(block, await ask("norms", { ...which, site: site(), layer: number("layer") }));
   else if (kind === "head" && holds(block, focus)) {
     block.pattern = (await ask("head", { ...which, layer: number("layer"), head: number("head") })).pattern;
     block.values = block.pattern[focus - block.first] ?? [];
@@ -178,15 +180,14 @@ function seen() {
   return blocks.find((block) => block.element.getBoundingClientRect().bottom > top) ?? blocks.at(-1);
 }
 
-// Full colour: the largest value but for those of first tokens, whose norm or attention would bleach all others.
+// Full colour is a number of the store for norms and features; for attention it is the largest weight of the query.
+const SCALES = { norm: " and above", feature: ", its largest activation", head: ", the query's largest" };
 function paint(changed = blocks) {
-  const values = blocks.flatMap((block) => block.values.filter((value) => value !== null));
-  const later = blocks.flatMap((block) => block.values.slice(1).filter((value) => value !== null));
-  const now = largest(later) || largest(values) || 1;
-  const beyond = values.filter((value) => value > now).length;
+  const query = blocks.find((block) => block.pattern && holds(block, focus));
+  const now = (query ? largest(query.values) : blocks.find((block) => block.full)?.full) || 1;
   for (const block of now === full ? changed : blocks) paintTokens(block, now);
   full = now;
-  find("#scale output").textContent = `0 to ${short(full)}` + (beyond ? `; ${beyond} beyond` : "");
+  find("#scale output").textContent = `0 to ${short(full)}${SCALES[controls.colour.value]}`;
 }
 
 const largest = (values) => values.reduce((most, value) => Math.max(most, value), 0);
@@ -220,7 +221,11 @@ async function sinks() {
   const answer = await ask("sinks");
   const table = find("#sinks table");
   find("#sinks .note").textContent = answer.layers.length
-    ? `mean over ${answer.rows.toLocaleString("en")} later tokens; a cell shows its head over the text` : "record attn_first or pattern to see it";
+    ? `mean over ${counted(answer.rows, "later token")}; columns are heads; a cell shows its head over the text` : "record attn_first or pattern to see it";
+  find("#sinks .key").hidden = !answer.layers.length;
+  const numbers = make("tr", table);
+  make("th", numbers, "layer").scope = "col";
+  for (let head = 0; head < Math.max(0, ...answer.values.map((heads) => heads.length)); head++) make("th", numbers, head).scope = "col";
   answer.layers.map((layer, at) => [layer, answer.values[at]]).reverse().forEach(([layer, heads]) => {
     const line = make("tr", table);
     make("th", line, layer).scope = "row";
@@ -290,7 +295,7 @@ async function active(row) {
 
 async function neighbours(row) {
   const answer = await ask("neighbours", { row, site: site(), layer: number("layer") });
-  find("#neighbours .note").textContent = `cosine similarity at ${site()}.${number("layer")}, among ${answer.searched.toLocaleString("en")} tokens`;
+  find("#neighbours .note").textContent = `cosine similarity at ${site()}.${number("layer")}, among ${counted(answer.searched, "token")}`;
   find("#neighbours ol").replaceChildren(...answer.neighbours.map(([other, sequence, value, before, word, after]) => {
     const line = make("li", null);
     const go = make("button", line, short(value));

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 
 from workbench.features.feature_store import Features
 from workbench.features.labels import names_of
-from workbench.figures.readable import readable_tokens
+from workbench.figures.readable import CONTINUED, readable_tokens, readable_window, vocabulary_texts
 from workbench.figures.safe_text import visible
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
@@ -29,6 +29,7 @@ TOKENS = 512
 """Maximum tokens of a sequence that are shown."""
 
 _TOP, _FEATURES, _NEIGHBOURS = 5, 12, 10
+_AROUND, _SPLIT = 6, 4  # tokens of a neighbour's text on either side, and more of them that may share a character
 _SINK_ROWS = 2_000  # rows that the map of sinks is the mean of
 _SEARCHED = 20_000  # rows that neighbours are searched in
 _NORMS = ("resid_post", "resid_mid", "resid_pre", "mlp_out", "attn_out", "embed")
@@ -67,7 +68,7 @@ class LinkedView:
         return {
             "sequence": number,
             "first": int(rows[0]),
-            "texts": [visible(text, 40) for text in readable_tokens(texts)],
+            "texts": [visible_words(text, 40) for text in readable_tokens(texts)],
             "ends": [text.endswith("\n") for text in texts],
             "positions": tokens["position"].to_pylist(),
             "document": tokens["document"][0].as_py(),
@@ -75,9 +76,16 @@ class LinkedView:
         }
 
     def norms(self, number: int, site: str, layer: int) -> dict[str, Any]:
-        """Returns the L2 norm of a site at every token of a sequence."""
-        values = self.store[site, layer][self._rows(number)].float().flatten(1).norm(dim=1)
-        return {"values": _short(values.numpy())}
+        """Returns the L2 norm of a site at every token of a sequence, and the largest one of a sample of the store.
+
+        The sample is of at most 2,000 later tokens: the norm of first tokens is often a hundred times as large.
+        """
+        key = (site, layer)
+        if key not in self._largest_norms:
+            rows = self._later_rows if len(self._later_rows) else self._rows(number)
+            self._largest_norms[key] = float(np.max(_finite(self._norms(site, layer, rows)), initial=0))
+        values = self._norms(site, layer, self._rows(number))
+        return {"values": _short(values), "full": _short([self._largest_norms[key]])[0]}
 
     def sinks(self) -> dict[str, Any]:
         """Returns the mean attention of later tokens to the first one by layer and head, over at most 2,000 rows."""
@@ -111,7 +119,11 @@ class LinkedView:
         states = torch.stack([self.store["resid_post", layer][[row]][0].float() for layer in layers])
         with torch.inference_mode():
             values, ids = unembed(states).softmax(-1).topk(_TOP)
-        texts = [[visible(unembed.token(token), 24) for token in line] for line in ids.tolist()]
+        names = [
+            vocabulary_texts(unembed.tokens or (), line, [unembed.token(token) for token in line])
+            for line in ids.tolist()
+        ]
+        texts = [[visible(name, 24) for name in line] for line in names]
         return {"layers": layers, "tokens": texts, "probabilities": [_short(line) for line in values.numpy()]}
 
     def active(self, folder: int, row: int) -> dict[str, Any]:
@@ -126,10 +138,11 @@ class LinkedView:
         return {"features": [[*entry, visible_words(names.get(entry[0], ""))] for entry in lines]}
 
     def feature(self, folder: int, number: int, feature: int) -> dict[str, Any]:
-        """Returns the activation of a feature at every token of a sequence."""
+        """Returns the activation of a feature at every token of a sequence, and its largest one in the store."""
         features = self._folder(folder)
         self._check("feature", feature, features.shape[1])
-        return {"values": _short(features[self._rows(number)][:, [feature]].toarray()[:, 0])}
+        values = features[self._rows(number)][:, [feature]].toarray()[:, 0]
+        return {"values": _short(values), "full": _short([features.max[feature]])[0]}
 
     def card(self, folder: int, feature: int) -> str:
         """Returns the page of a feature."""
@@ -169,6 +182,14 @@ class LinkedView:
         return np.append(self._starts[1:], self.store.rows)
 
     @cached_property
+    def _largest_norms(self) -> dict[tuple[str, int], float]:
+        return {}
+
+    @plain_torch()
+    def _norms(self, site: str, layer: int, rows: Int64[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
+        return self.store[site, layer][rows].float().flatten(1).norm(dim=1).numpy()
+
+    @cached_property
     def _unembed(self) -> Unembed:
         return load_unembed(self.store.path)
 
@@ -197,10 +218,14 @@ class LinkedView:
 
     def _around(self, row: int, number: int) -> tuple[str, str, str]:
         """Text before a row, of the row, and after it."""
-        first, last = max(int(self._starts[number]), row - 6), min(int(self._ends[number]), row + 7)
-        texts = readable_tokens(self.store.tokens["token"][first:last].to_pylist())
+        start, end = int(self._starts[number]), int(self._ends[number])
+        first, last = max(start, row - _AROUND - _SPLIT), min(end, row + 1 + _AROUND + _SPLIT)
+        texts = readable_window(self.store.tokens["token"][first:last].to_pylist())
+        low, high = max(0, row - _AROUND - first), row + 1 + _AROUND - first
+        while low > 0 and texts[low] == CONTINUED:  # a character is whole at its first token
+            low -= 1
         words = [visible_words(text) for text in texts]
-        return "".join(words[: row - first]), words[row - first], "".join(words[row - first + 1 :])
+        return "".join(words[low : row - first]), words[row - first], "".join(words[row - first + 1 : high])
 
     @staticmethod
     def _check(name: str, value: int, count: int) -> None:
@@ -222,9 +247,13 @@ ANSWERS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
 """Answers by name, and the names of their parameters: whole numbers, but for `site`."""
 
 
-def visible_words(text: str) -> str:
-    """Returns a text in one line with its spaces, control characters spelt out."""
-    return " ".join(visible(part, 200) for part in text.split(" "))
+def visible_words(text: str, limit: int = 200) -> str:
+    """Returns a text in one line with its spaces, control characters spelt out; words are cut to `limit`."""
+    return " ".join(visible(part, limit) for part in text.split(" "))
+
+
+def _finite(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return values[np.isfinite(values)]
 
 
 def _short(values: Float[np.ndarray, " n"] | list[Any]) -> list[float | None]:

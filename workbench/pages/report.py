@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from workbench.figures.markup import escape, frame, inline, prose, table
 from workbench.figures.safe_text import plain
 from workbench.io.checks import as_path
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_text
 from workbench.results.probe import definition, setting_meanings
-from workbench.results.result import Result
+from workbench.results.result import WEIGHTS, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +37,6 @@ SCRIPT = "plotly.min.js"
 
 _DIFFERENCES, _LONG = 3, 40  # names in a title that tell sections apart, and characters of a value
 _VARIABLE_COLUMNS = ("variable", "axes", "units", "range", "value under the null", "meaning")
-_PRINT_WIDTH = 680  # pixels
 _TOP = 64  # pixels above a plot, whose title is its caption: legend, colour bar, plotly's buttons
 _BROAD = 800  # pixels; narrower figures stand in two columns
 _FOLDER = Path(__file__).parent
@@ -138,7 +139,8 @@ def _named_by_difference(sections: Sequence[Section]) -> list[Section]:
         ]
         of_part = {**{name: value for name, value, _ in part.settings}, **part.provenance}
         differing = [name for name in of_part if len({str(section_facts.get(name)) for section_facts in facts}) > 1]
-        title_names = [name for name in differing if not name.endswith("fingerprint")][:_DIFFERENCES] or differing[:1]
+        short_names = [name for name in differing if not name.endswith(("fingerprint", "texts", "sites"))]
+        title_names = short_names[:_DIFFERENCES] or differing[:1]
         short = ", ".join(f"{name} {_shortened(of_part[name])}" for name in title_names)
         named.append(replace(part, title=f"{part.title}: {short}") if len(namesakes) > 1 and short else part)
     return named
@@ -149,21 +151,27 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
 
 
-def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str]:
-    """Models, recordings and versions of all sections, for the head of the page."""
-    facts = {"date": date} if date else {}
+def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str | list[str]]:
+    """Models, stores with their texts, and versions of all sections, for the head of the page."""
     sources = [part.provenance for part in sections if "model" in part.provenance]
-    stores = {
-        f"{source['store']}, {source['rows']:,} rows" for source in sources if "store" in source and "rows" in source
-    }
+    recorded = [source for source in sources if "store" in source and "rows" in source]
     several = {
-        "model": {
-            " ".join([source["model"], str(source.get("model_fingerprint", ""))[:12]]).strip() for source in sources
-        },
-        "recording": stores,
-        "workbench": {str(source["workbench"]) for source in sources if "workbench" in source},
+        "model": [f"{source['model']} {str(source.get('model_fingerprint', ''))[:12]}".strip() for source in sources],
+        "texts": [_store_facts(source) for source in recorded],
+        "linked views": [
+            f"workbench serve {shlex.quote(str(source['store']))}" for source in recorded if source["store"] != WEIGHTS
+        ],
+        "workbench": [str(source["workbench"]) for source in sources if "workbench" in source],
     }
-    return facts | {name: "; ".join(sorted(values)) for name, values in several.items() if values}
+    facts: dict[str, str | list[str]] = {"date": date} if date else {}
+    return facts | {name: sorted(set(values)) for name, values in several.items() if values}
+
+
+def _store_facts(source: Mapping[str, Any]) -> str:
+    """Name of a store, its tokens, and what the provenance says of its texts and sites."""
+    sites = f"sites {source['sites']}" if source.get("sites") else ""
+    facts = [counted(source["rows"], "token"), source.get("texts", ""), sites]
+    return f"{source['store']}: {'; '.join(filter(None, facts))}"
 
 
 def _variables(probe: Any, data: xr.Dataset) -> list[tuple[str, str, str, str, str, str]]:
@@ -233,7 +241,10 @@ def document(title: str, body: str, *, style: str = "", scripts: Sequence[str] =
     """
     from plotly.offline import get_plotlyjs
 
-    inline = [*((_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")), *scripts]
+    from workbench.figures.themed import head_pictures
+
+    ours = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("figure.js", "report.js")]
+    inline = [head_pictures(), *ours, *scripts]
     scripts = inline if shared else [get_plotlyjs(), *inline]
     style = (_FOLDER / "report.css").read_text(encoding="utf-8") + style
     return "\n".join(
@@ -298,8 +309,7 @@ def figure_markup(figure: Figure, name: str) -> str:
     title, subtitle = (part and plain(part) for part in (figure.layout.title.text, figure.layout.title.subtitle.text))
     caption = f"{escape(title or '')}{f'<small>{escape(subtitle)}</small>' if subtitle else ''}"
     drawing = _drawing(figure)
-    fit = 1.0 if drawing["fluid"] else min(1.0, _PRINT_WIDTH / drawing["width"])
-    style = f"--height:{drawing['height']}px;--fit:{fit:.3f}"
+    style = f"--height:{drawing['height']}px"
     return (
         f'<figure aria-labelledby="{name}"{" class=broad" * (drawing["width"] > _BROAD)}>'
         f'<figcaption id="{name}">{caption}</figcaption>'
@@ -362,13 +372,16 @@ def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _table_head(values: pd.DataFrame) -> tuple[str, str]:
-    title = f"Table, {min(ROWS, len(values))} of {len(values):,} rows"
-    markup = f'<div class="data" style="--columns:{max(1, len(values.columns))}">{frame(values, ROWS)}</div>'
-    return title, wide(markup, title)
+    title = f"Table, {min(ROWS, len(values))} of {counted(len(values), 'row')}"
+    return title, wide(f'<div class="data">{frame(values, ROWS)}</div>', title)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    lists = {name: value if isinstance(value, list) else [value] for name, value in facts.items()}
+    entries = "".join(
+        f"<dt>{escape(name)}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}"
+        for name, values in lists.items()
+    )
     return f"<dl>{entries}</dl>" if entries else ""
 
 

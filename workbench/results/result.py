@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.io.checks import as_path
+from workbench.io.counted import counted
 from workbench.io.errors import DataError, RequestError, first_line
-from workbench.io.files import explain_full_disk, replace_folder, sha256_bytes, write_file
+from workbench.io.files import PARTIAL, explain_full_disk, replace_folder, sha256_bytes, write_file
 from workbench.io.findings import FileRecord
 from workbench.io.parse import check_checksum, parse, read_json, to_checked_json
 from workbench.io.reading import read_file
@@ -33,7 +37,9 @@ if TYPE_CHECKING:
 
 _RECORD, _DATA, _TABLE = "result.json", "data.nc", "table.parquet"
 _FORMAT, _VERSION = "workbench.result", 2
-RESULT_FILES = (_RECORD, _DATA, _TABLE, "figures/*.html", "figures/plotly.min.js")
+SCRIPT = "figures/plotly.min.js"
+"""Name of plotly's script, 5 MB, in the folder of a result."""
+RESULT_FILES = (_RECORD, _DATA, _TABLE, "figures/*.html", SCRIPT)
 """Names of the files in the folder of a result; `*` matches within one name."""
 
 _PROVENANCE = {
@@ -51,6 +57,8 @@ WEIGHTS = "weights alone"
 """Name in place of a store's in the provenance of a probe that read a model; its rows are those of the embedding."""
 
 _AGAIN = "run the probe again"
+
+_CONTEXT = 256  # longest sequence of a recording that names none
 
 _ROWS_SHOWN, _COLUMNS_SHOWN = 5, 12  # of the table, in a notebook
 
@@ -93,7 +101,7 @@ class Result:
         settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(known["settings"].items()))
         return (
             f"model {known['model']} ({known['model_fingerprint'][:12]}), store {known['store']} "
-            f"({known['store_fingerprint'][:12]}), {known['rows']:,} rows; probe {self.probe}"
+            f"({known['store_fingerprint'][:12]}), {counted(known['rows'], 'row')}; probe {self.probe}"
             f"{': ' if settings else ''}{settings}; workbench {known['workbench']}"
         )
 
@@ -113,7 +121,7 @@ class Result:
         """Writes data (netCDF), table (Parquet), provenance (JSON) and figures (HTML) into a folder.
 
         The folder appears as a whole or not at all. One that holds the same result is replaced; files in it that are
-        not a result's are kept.
+        not a result's are kept. plotly's script, 5 MB, is on the disk once for all results of the parent folder.
 
         Args:
             path: The folder to write.
@@ -134,6 +142,7 @@ class Result:
             replace_folder(path, RESULT_FILES) as folder,
         ):
             self.write_files(folder)
+            share_script(folder, path.parent.glob(f"*/{SCRIPT}"))
         return requested
 
     def write_files(self, folder: Path) -> None:
@@ -155,7 +164,7 @@ class Result:
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in sorted(self.data.sizes.items()))
-        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {len(self.table):,} table rows)"
+        return f"Result({self.probe!r} of {self.provenance['model']}, {axes}; {counted(len(self.table), 'table row')})"
 
     def _repr_html_(self) -> str:
         from workbench.figures.markup import card, frame
@@ -168,12 +177,27 @@ class Result:
         facts = {
             "finding": finding,
             "model": self.provenance["model"],
-            "store": f"{self.provenance['store']}, {self.provenance['rows']:,} rows",
-            "data": f"{len(self.data.data_vars)} variables over {axes or 'no axis'}",
-            "table": f"{len(self.table):,} rows, {len(self.table.columns)} columns",
+            "store": f"{self.provenance['store']}, {counted(self.provenance['rows'], 'row')}",
+            "data": f"{counted(len(self.data.data_vars), 'variable')} over {axes or 'no axis'}",
+            "table": f"{counted(len(self.table), 'row')}, {counted(len(self.table.columns), 'column')}",
         }
         excerpt = self.table.iloc[:, :_COLUMNS_SHOWN]
         return card(f"Result of {self.probe}", facts, frame(excerpt, _ROWS_SHOWN) if len(excerpt) else "")
+
+
+def share_script(result: Path, scripts: Iterable[Path]) -> None:
+    """Makes plotly's script of a saved result a hard link to an equal file among `scripts`, where links are possible.
+
+    Any of the folders may be moved or removed alone; a copy of one has a script of its own.
+    """
+    script = result / SCRIPT
+    with contextlib.suppress(OSError):  # no figure, or no hard links there
+        copies = (path for path in scripts if not path.samefile(script))
+        twin = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
+        if twin is not None:
+            link = script.with_name(script.name + PARTIAL)
+            os.link(twin, link)
+            os.replace(link, script)
 
 
 def load_result(path: str | Path, *, probe: type[Probe] | None = None) -> Result:
@@ -231,13 +255,19 @@ def provenance(store: Store | Model, settings: Any) -> dict[str, Any]:
 
 
 def _of_store(store: Any) -> dict[str, Any]:
-    model, changes = store.manifest.model, store.manifest.interventions
+    manifest = store.manifest
+    model, changes, parts = manifest.model, manifest.interventions, manifest.parts
+    documents, sequences = (sum(getattr(part, name) for part in parts) for name in ("documents", "sequences"))
+    longest = manifest.recording.get("context") or _CONTEXT
+    texts = f"{counted(documents, 'document')}, {counted(sequences, 'sequence')} of at most {longest:,} tokens"
     return {
         "model": f"{model.name}, changed ({', '.join(changes.names)})" if changes else model.name,
         "model_fingerprint": model.fingerprint,
         "store": Path(store.path).name,
         "store_fingerprint": store.manifest.fingerprint,
         "rows": store.rows,
+        "texts": f"{texts}; rows chosen by {manifest.choice}" if manifest.chosen else texts,
+        "sites": ", ".join(dict.fromkeys(site.label.partition(".")[0] for site in store.sites)),
     }
 
 
@@ -278,7 +308,7 @@ def _pages(figures: Mapping[str, Figure]) -> dict[str, str]:
         f"{name}.html": figure.to_html(include_plotlyjs="directory", include_mathjax=False, div_id=name)
         for name, figure in figures.items()
     }
-    return {**pages, "plotly.min.js": get_plotlyjs()} if pages else {}
+    return {**pages, Path(SCRIPT).name: get_plotlyjs()} if pages else {}
 
 
 def _read_files(record: Mapping[str, Any], arrays: bytes, table: bytes) -> tuple[xr.Dataset, pd.DataFrame]:

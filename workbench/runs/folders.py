@@ -12,10 +12,7 @@ complete. A failed run stays under the other name, with the traceback in its log
 
 from __future__ import annotations
 
-import contextlib
-import filecmp
 import json
-import os
 import re
 import time
 from dataclasses import dataclass, fields
@@ -29,7 +26,7 @@ from workbench.io.log import PROGRESS
 from workbench.io.parse import read_json
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
-from workbench.results.result import Result, load_result
+from workbench.results.result import SCRIPT, Result, load_result, share_script
 from workbench.runs.environment import environment, file_digests
 from workbench.runs.run_log import logged
 
@@ -167,19 +164,6 @@ def load_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any], Result
         raise DataError(f"run {str(folder)!r} is damaged ({CONFIG}: {error}); {_REMOVE}") from error
 
 
-def share_script(result: Path, runs: Path) -> None:
-    """Makes the plotly script of a saved result, 5 MB, a hard link to that of another run in `runs`."""
-    script = result / "figures" / "plotly.min.js"
-    candidates = runs.glob(f"*/{RESULTS}/figures/{script.name}")
-    with contextlib.suppress(OSError):  # no figure, or no hard links there
-        copies = (path for path in candidates if not path.samefile(script))
-        twin = next((path for path in copies if filecmp.cmp(script, path, shallow=False)), None)
-        if twin is not None:
-            link = script.with_name(script.name + PARTIAL)
-            os.link(twin, link)
-            os.replace(link, script)
-
-
 # ---- inside a run ---------------------------------------------------------------------------------------
 
 
@@ -197,7 +181,7 @@ def _execute_in(run: Run, folder: Path) -> Result:
     with logged(folder / LOG, f"{run.experiment} {run.config}") as log:
         result = experiment.run(run.config)
         result.save(folder / RESULTS)
-        share_script(folder / RESULTS, run.folder.parent)
+        share_script(folder / RESULTS, run.folder.parent.glob(f"*/{RESULTS}/{SCRIPT}"))
         log(result.headline())
     _write(folder / ENVIRONMENT, {**around, "seconds": round(time.monotonic() - start, 3)})
     return result

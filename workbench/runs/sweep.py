@@ -29,8 +29,8 @@ from workbench.io.spreadsheet import csv_text
 from workbench.io.tasks import ThisProcess, Workers, lost_task
 from workbench.results.experiment import identity
 from workbench.results.registry import find_experiment
-from workbench.results.result import RESULT_FILES, Result, load_result
-from workbench.runs.folders import CONFIG, RESULTS, Outcome, Run, attempt, is_complete, run_in, share_script
+from workbench.results.result import RESULT_FILES, SCRIPT, Result, load_result, share_script
+from workbench.runs.folders import CONFIG, RESULTS, Outcome, Run, attempt, is_complete, run_in
 from workbench.store.owned_files import refuse_store
 
 _LOG = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _write_summary(experiment: str, outcomes: Mapping[Run, Outcome | None], resu
             remove(leftover)
         if result is not None:
             result.write_files(folder)
-            share_script(folder, out)
+            share_script(folder, out.glob(f"*/{RESULTS}/{SCRIPT}"))
             write_file(folder / TABLE, csv_text(result.table).encode("utf-8", "replace"))
         lines = [_run_record(run, outcome) for run, outcome in outcomes.items()]
         record = json.dumps({"experiment": experiment, "cells": lines}, indent=1) + "\n"
