@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workbench.figures.category_names import name_ticks
@@ -29,6 +29,7 @@ def test_names_are_wrapped_where_they_would_overlap_and_turned_where_a_word_is_t
 
 
 @given(st.lists(st.text(min_size=1, max_size=30).map(sentence), min_size=1, unique=True), st.integers(1, 900))
+@example(["0", "\xa0abcdefg"], 78)
 def test_no_name_loses_a_word(names, length):
     axis = ticks(names, length)
     texts = [plain(text.replace("<br>", " ")).split() for text in axis.get("ticktext", [])]

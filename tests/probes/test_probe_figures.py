@@ -114,7 +114,7 @@ def attention_sinks(result):
     ]
     causal = np.tril(np.ones((48, 48), bool))
     attention = [{"z": np.where(causal, pattern, np.nan)} for pattern in data["example_pattern"]]
-    attention += [{"z": np.where(causal, np.nan, 1)}, {}]  # masked keys, small pictures
+    attention += [{"z": np.where(causal, np.nan, 1)}, {}, {}]  # masked keys, those of the small pictures, and these
     above = (data["sink_k_high"] - data["sink_k"]).to_numpy()
     norm_bands = [part for kind in ("sink", "others") for part in banded(data, f"residual_norm_{kind}")]
     return {
