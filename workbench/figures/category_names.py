@@ -28,8 +28,8 @@ def name_ticks(names: Mapping[str, str], length: float, size: float) -> dict[str
     room = int(length / max(1, len(names)) / (_CHARACTER * size) - 0.5)  # between two names half a character
     if max((len(line) for parts in lines for line in parts), default=0) <= max(room, _SHORT):
         return {}
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    wrapped = [[part for line in parts for part in textwrap.wrap(line, max(room, 1), **whole)] for parts in lines]
+    words = textwrap.TextWrapper(max(room, 1), break_long_words=False, break_on_hyphens=False)
+    wrapped = [[part for line in parts for part in words.wrap(line)] for parts in lines]
     longest = max((len(part) for parts in wrapped for part in parts), default=0)
     turned = longest > room or max(map(len, wrapped)) > _MAX_LINES
     ticks = [[" ".join(parts)] for parts in lines] if turned else wrapped
