@@ -364,6 +364,7 @@ def provenance_of_pairs(probe: Any, model: Model, pairs: PromptPairs) -> dict[st
         "store": f"pairs of {pairs.task}",
         "store_fingerprint": hashlib.sha256(texts.encode()).hexdigest(),
         "rows": len(pairs),
+        "pairs": len(pairs),
         "settings": asdict(probe),
         "probe_class": f"{type(probe).__module__}:{type(probe).__qualname__}",
         "workbench": version("interp-workbench"),

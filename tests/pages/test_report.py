@@ -158,12 +158,14 @@ def test_the_head_of_the_page_describes_the_texts(tmp_path):
         Section("a", provenance={**known, "store": "a.acts", "rows": 1}),  # saved before texts were recorded
         Section("b", provenance={**known, "store": "my b.acts", "rows": 970, **texts}),
         Section("c", provenance={**known, "store": "weights alone", "rows": 4096}),
+        Section("d", provenance={**known, "store": "pairs of ioi", "rows": 8, "pairs": 8}),
     ]
     page = written(tmp_path, sections, date="2026-01-02")
     for text in (
         "date 2026-01-02",
         "model m 0123456789ab",
         "texts a.acts: 1 token my b.acts: 970 tokens; 1 document, 3 sequences of at most 64 tokens; sites embed, ",
+        "pairs of ioi: 8 pairs",
         "linked views workbench serve 'my b.acts' workbench serve a.acts workbench",
     ):
         assert text in page.text, page.text[:2000]

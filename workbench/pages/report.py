@@ -159,7 +159,9 @@ def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str | lis
         "model": [f"{source['model']} {str(source.get('model_fingerprint', ''))[:12]}".strip() for source in sources],
         "texts": [_store_facts(source) for source in recorded],
         "linked views": [
-            f"workbench serve {shlex.quote(str(source['store']))}" for source in recorded if source["store"] != WEIGHTS
+            f"workbench serve {shlex.quote(str(source['store']))}"
+            for source in recorded
+            if source["store"] != WEIGHTS and "pairs" not in source
         ],
         "workbench": [str(source["workbench"]) for source in sources if "workbench" in source],
     }
@@ -168,9 +170,10 @@ def _facts_of_all(sections: Sequence[Section], date: str) -> dict[str, str | lis
 
 
 def _store_facts(source: Mapping[str, Any]) -> str:
-    """Name of a store, its tokens, and what the provenance says of its texts and sites."""
+    """Name of a store, its tokens or of pairs without a store their number, and what is known of texts and sites."""
     sites = f"sites {source['sites']}" if source.get("sites") else ""
-    facts = [counted(source["rows"], "token"), source.get("texts", ""), sites]
+    size = counted(source["pairs"], "pair") if "pairs" in source else counted(source["rows"], "token")
+    facts = [size, source.get("texts", ""), sites]
     return f"{source['store']}: {'; '.join(filter(None, facts))}"
 
 
