@@ -55,6 +55,7 @@ from workbench.probing import (
     target_prompt,
     with_interval,
     with_note,
+    with_progress,
 )
 
 CONDITIONS = ("substituted", "original", "own", "shuffled")
@@ -179,7 +180,7 @@ class RepresentationHijacking(LayerProbe):
         prompt = target_prompt(model, self.prompt)
         members = np.unique(np.concatenate(list(cells.values())))
         parts, random = [], []
-        for site in labels:
+        for site in with_progress(labels, "reading states", "layers"):
             states = store[site][rows[members]].float()
             for drawn, lines in ((states, parts), (random_states(states, self.seed), random)):
                 log = read_states(model, prompt, site, drawn)
