@@ -121,6 +121,7 @@ def test_words_of_a_strip_and_whole_layers(tmp_path):
     assert omitted == []
     assert {*printed.data[0].text[0]} == {"·marble", "·market", "·Monday", "·the"}
     assert printed.data[0].colorbar.dtick == figure.data[0].colorbar.dtick == 1
+    assert strip(words, layers + 12, 30).data[0].colorbar.dtick == 7  # of 0 to 29, and not of the layers that occur
     pictures = [to_paper(figure)[0] for figure in (strip(words, layers, 4), strip(words[:1], np.zeros(1), 1))]
     boxes = text_boxes(draw_for_print([printed, *pictures], tmp_path), tmp_path)
     for texts, shown in zip(boxes, ("0123", "0123", "0"), strict=True):

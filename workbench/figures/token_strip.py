@@ -29,7 +29,7 @@ from workbench.figures.ticks import integer_step
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
 
-_BAR_TICKS = 5  # of a colour bar of whole numbers, such as layers
+_BAR_TICKS = 4  # of the short colour bar above a strip: labels of more would turn
 _LINE = 12  # tokens: as wide as a report on a small screen
 _CELL = 66, 24  # pixels
 _ENDS = ("⏎", "␍")  # of the text of a token that ends its line
@@ -83,7 +83,7 @@ def token_strip(
     lines = _lines(readable, line)
     heat = _cells(values, texts, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high)
-    heat.colorbar = {**top_bar(unit), "dtick": integer_step(values[np.isfinite(values)], _BAR_TICKS)}
+    heat.colorbar = {**top_bar(unit), "dtick": integer_step([*values[np.isfinite(values)], low, high], _BAR_TICKS)}
     layout = {
         "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
         "margin": {"t": 115, "b": 20},
