@@ -317,6 +317,8 @@ def test_a_store_of_many_sequences_scrolls(tmp_path):
             page.open(served.address)
             page.wait(f"{count('.sequence')} > 1")
             assert page.run(count(".sequence")) < 20
+            page.wait("document.querySelector('#sinks .note').textContent == 'record attn_first or pattern to see it'")
+            assert page.run("document.querySelector('#sinks table').textContent") == ""  # and no map
             assert page.run("document.querySelector('#scale output').textContent") == "0 to 16000 and above"
             scroll = "const list = document.querySelector('#tokens'); list.scrollTop = list.scrollHeight"
             sequence_numbers = "[...document.querySelectorAll('.sequence')].map(node => Number(node.dataset.name))"

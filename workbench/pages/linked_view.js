@@ -223,6 +223,7 @@ async function sinks() {
   find("#sinks .note").textContent = answer.layers.length
     ? `mean over ${counted(answer.rows, "later token")}; columns are heads; a cell shows its head over the text` : "record attn_first or pattern to see it";
   find("#sinks .key").hidden = !answer.layers.length;
+  if (!answer.layers.length) return;
   const numbers = make("tr", table);
   make("th", numbers, "layer").scope = "col";
   for (let head = 0; head < Math.max(0, ...answer.values.map((heads) => heads.length)); head++) make("th", numbers, head).scope = "col";
