@@ -16,6 +16,7 @@ from plotly.basedatatypes import BaseTraceType
 
 from workbench.figures.safe_text import plain
 from workbench.figures.token_grid import grid_of, rewrap
+from workbench.io.counted import counted
 
 _MAX_SERIES = 8  # described one by one in an alternative text
 
@@ -135,9 +136,9 @@ def _side(part: Mapping[str, Any], axis: str, title: str) -> str:
         return ""
     places = dict.fromkeys(_place(part, axis, index) for index in range(len(part[axis])))
     size = len(dict.fromkeys(part[axis]))
-    kind = ("row" if axis == "y" else "column") + "s" * (size != 1)
+    number = counted(size, "row" if axis == "y" else "column")
     ends = list(places)[:: max(1, len(places) - 1)]
-    return f"{size:,} {kind}{f' ({title})' if title else ''}: {' to '.join(ends)}"
+    return f"{number}{f' ({title})' if title else ''}: {' to '.join(ends)}"
 
 
 def _unit(traces: Sequence[BaseTraceType]) -> str:

@@ -25,6 +25,7 @@ from workbench.figures.theme import (
 )
 from workbench.figures.themed import ThemedFigure
 from workbench.figures.ticks import integer_step
+from workbench.io.counted import counted
 
 MAX_STRIP_TOKENS = 2_048
 """Maximum tokens that are drawn; the subtitle reports what is left out."""
@@ -73,7 +74,7 @@ def token_strip(
     low, high = limits or _limits(values, palette is SIGNED)
     beyond = int((values > high).sum() + (values < low).sum())
     if beyond:
-        subtitle = f"{subtitle}; {beyond:,} token{'s' * (beyond != 1)} beyond the colours"
+        subtitle = f"{subtitle}; {counted(beyond, 'token')} beyond the colours"
     readable = readable_tokens(tokens)
     texts = [label(token, 9) for token in readable]
     hover = [

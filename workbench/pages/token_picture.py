@@ -13,6 +13,7 @@ from workbench.figures.markup import escape, inert
 from workbench.figures.readable import readable_tokens, right_to_left_runs
 from workbench.figures.safe_text import visible
 from workbench.figures.theme import CATEGORIES, MONOSPACE
+from workbench.io.counted import counted
 
 HUES = (*CATEGORIES[:4], CATEGORIES[5])
 """Colours of underlines: those of the theme that are legible on white and on dark pages alike."""
@@ -63,7 +64,7 @@ class Colouring:
     def beyond(self) -> str:
         """Number of tokens with a value beyond full colour, in words; empty for none."""
         count = int((np.abs(self.values[np.isfinite(self.values)]) > self.full).sum())
-        return f", {count:,} token{'s' * (count != 1)} beyond" if count else ""
+        return f", {counted(count, 'token')} beyond" if count else ""
 
 
 @dataclass(frozen=True)
