@@ -401,10 +401,8 @@ def test_long_values_are_cut(tiny_models, tmp_path):
 
 
 def test_a_wrong_path_answers_before_anything_heavy_is_loaded(store, stories, tmp_path):
-    """Also within two seconds, which is most of what importing torch takes."""
     code = f"""
-import contextlib, io, json, sys, time
-began = time.process_time()
+import contextlib, io, json, sys
 from workbench.cli.main import main
 requests = {{
     "model": ["record", {str(tmp_path / "nowhere")!r}, {str(stories)!r}, "--out", "o"],
@@ -429,17 +427,17 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
             main(request)
         except SystemExit as stop:
             codes[name] = stop.code
-heavy = [name for name in ("torch", "transformers", "transformer_lens", "plotly", "xarray") if name in sys.modules]
-print(json.dumps([codes, heavy, time.process_time() - began]))
+known = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "plotly", "scipy", "xarray")
+heavy = [name for name in known if name in sys.modules]
+print(json.dumps([codes, heavy]))
 """
     result = process(code, cwd=tmp_path)
     assert result.stderr == ""
-    codes, heavy, seconds = json.loads(result.stdout)
+    codes, heavy = json.loads(result.stdout)
     good = {"help", "probes", "good info", "good query"}
     assert codes == {name: 0 if name in good else 2 for name in codes}
     assert len(codes) == 14
     assert heavy == []
-    assert seconds < 4  # all fourteen together
 
 
 # Probes of others
