@@ -149,7 +149,11 @@ def test_settings_out_of_range_are_refused_before_training(change, message):
     ("number", "settings", "message"),
     [
         (np.nan, {}, "the rows of resid_post.1 have the mean norm nan, by which inputs are divided; give a where that"),
-        (0.0, {}, "the rows of resid_post.1 have the mean norm 0, by which inputs are divided; give a where that leaves"),
+        (
+            0.0,
+            {},
+            "the rows of resid_post.1 have the mean norm 0, by which inputs are divided; give a where that leaves",
+        ),
         (None, {"learning_rate": 1e38}, "training of resid_post.1 ended in "),
     ],
 )

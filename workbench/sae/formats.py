@@ -59,6 +59,17 @@ def converter(place: Path) -> Callable[[], Converted] | None:
     return None
 
 
+def check_one_format(place: Path) -> None:
+    """Raises RequestError for a folder with the weights of several formats, of which one would be read by chance."""
+    if place.is_dir():
+        found = [name for name in (WEIGHTS, *_OF_FOLDERS) if (place / name).is_file()]
+        if len(found) > 1:
+            raise RequestError(
+                f"SAE {str(place)!r} has files of several formats, {', '.join(found)}; move all but one into a folder "
+                "of their own"
+            )
+
+
 def is_place(path: Path) -> bool:
     """Returns True if a path is a folder or file from which one autoencoder can be read, by the names of its files."""
     if path.is_dir():
@@ -162,10 +173,13 @@ def _spellings(sae_id: str) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it."""
-    count, waiting = 0, [(folder, 0)]
+    """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it.
+
+    A link to a folder above it leads nowhere new.
+    """
+    count, waiting = 0, [(folder, (folder.resolve(),))]
     while waiting:
-        parent, depth = waiting.pop()
+        parent, above = waiting.pop()
         try:
             entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
         except OSError:
@@ -176,8 +190,10 @@ def _walk(folder: Path) -> Iterator[Path]:
             if count > _MOST:
                 return
             if entry.is_dir():
+                if (real := path.resolve()) in above:
+                    continue
                 yield path
-                if depth < _DEEPEST and not entry.name.startswith(".") and not is_place(path):
-                    waiting.append((path, depth + 1))
+                if len(above) <= _DEEPEST and not entry.name.startswith(".") and not is_place(path):
+                    waiting.append((path, (*above, real)))
             elif path.suffix == ".safetensors" or _PICKLE.fullmatch(path.name):
                 yield path

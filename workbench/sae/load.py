@@ -34,6 +34,7 @@ from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
     CONFIG,
     WEIGHTS,
+    check_one_format,
     converter,
     is_place,
     layers_of,
@@ -53,7 +54,10 @@ _LOG = logging.getLogger(__name__)
 
 @plain_torch()
 def load_sae(
-    name: str | os.PathLike[str], sae_id: str | None = None, *, device: str | torch.device | None = None
+    name: str | os.PathLike[str],
+    sae_id: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> Sae:
     """Loads a sparse autoencoder in float32.
 
@@ -70,6 +74,8 @@ def load_sae(
         DataError: Files that are damaged or do not fit each other.
     """
     as_path("name", name)
+    if sae_id is not None:
+        sae_id = os.fspath(as_path("sae_id", sae_id))
     device, text = usable_device(device), os.fspath(name)
     if text == embedded.NAME:
         return _load_place(_demo_directory(), embedded.NAME, device)
@@ -100,6 +106,7 @@ def _demo_directory() -> Path:
 def _checked_place(path: Path, sae_id: str | None) -> Path:
     """The folder or file of one autoencoder; RequestError where there is none, or there are several."""
     place = place_of(path, sae_id)
+    check_one_format(place)
     if not place.exists():
         close = nearest(str(sae_id), ids := places_in(path)) or (f"; it has {listed(ids)}" if ids else "")
         raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{close}")
@@ -110,7 +117,8 @@ def _checked_place(path: Path, sae_id: str | None) -> Path:
     if not (place / CONFIG).is_file() and converter(place) is None and not layers_of(place):
         ids = places_in(place)
         if ids and sae_id is None:
-            raise RequestError(f"SAE {str(path)!r} contains several; choose one with sae_id: {listed(ids)}")
+            several = "several; choose one with sae_id" if len(ids) > 1 else "one; give its sae_id"
+            raise RequestError(f"SAE {str(path)!r} contains {several}: {listed(ids)}")
         if ids:
             raise RequestError(
                 f"sae_id {sae_id!r} contains several; choose one: {listed([f'{sae_id}/{i}' for i in ids])}"
