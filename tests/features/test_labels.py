@@ -223,6 +223,36 @@ def test_matches_splits_and_probes_show_the_words_of_every_feature(copied, tmp_p
     assert set(probes["features_description"]) == {f"one ({feature})"}
 
 
+def test_cells_are_read_as_people_write_them(copied, tmp_path):
+    assert read_labels(write(tmp_path / "a.csv", "feature , description\n 3 , days\n"), 20) == {
+        "description": {3: " days"}
+    }
+    for content, message in (
+        ("Feature,Description,DESCRIPTION\n3,days,weeks\n", ":2: two columns are called 'description'; rename one"),
+        ("feature,description\n,days\n", ":2: feature is empty, no number of a feature; give a whole number"),
+    ):
+        path = write(tmp_path / "b.csv", content)
+        assert refused(RequestError, lambda path=path: read_labels(path, 20)) == f"labels: {path}{message}"
+
+
+def test_labels_that_are_not_utf_8_can_be_shown(copied, tmp_path):
+    """A lone surrogate would end every later print and page."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"feature,description\n3,caf\xe9\n4,tea\n")
+    with warned("labels: 1 text not UTF-8 in "):
+        labels = import_labels(copied, path).labels
+    assert labels["description"].tolist() == ["caf\ufffd", "tea"]
+
+
+@pytest.mark.parametrize("prediction", ["maybe", [1], {"a": 1}])
+def test_predictions_of_delphi_that_are_none_are_refused(prediction, tmp_path):
+    path = write(tmp_path / "scores" / "fuzz" / "l_latent3.txt", [{"activating": True, "prediction": prediction}])
+    assert refused(RequestError, lambda: read_labels(tmp_path, 20)) == (
+        f"labels: {str(path)!r}: an example has {(True, prediction)!r} as truth and prediction, expected True or "
+        "False; run delphi again"
+    )
+
+
 def test_pages_views_and_commands_show_labels_as_text(copied, example, tmp_path):
     feature = int(copied.counts.argmax())
     content = f'feature,description,f1\n{feature},"{HOSTILE.replace(chr(34), chr(34) * 2)}",0.75\n'

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
-from workbench.io.checks import check, check_resampling
+from workbench.io.checks import check, check_kind, check_resampling
 from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
@@ -198,6 +199,7 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
     features.store.require_whole_sequences("the effect of a feature on the model")
     store, text = features.store, text_rows(features.store)
     replaced_rows = text
+    check_kind("rows", rows, (str, Rows, NoneType), "SQL or rows, such as store.where('position > 0')")
     if rows is not None:
         chosen_rows = store.where(rows) if isinstance(rows, str) else rows
         replaced_rows = np.zeros(store.rows, bool)

@@ -14,7 +14,7 @@ from workbench.analysis.frozen_norm import norm_bias, read_directions, token_ids
 from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.promoted import check_sae, check_writes_residual
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.unembed import Unembed, load_unembed
@@ -186,4 +186,5 @@ def _table(
 def _token_ids(unembed: Unembed, tokens: str | int | Sequence[str | int] | None, stream: Tensor) -> list[int]:
     if tokens is None:
         return [int(unembed(stream.float()[None])[0].argmax())]
+    check_kind("tokens", tokens, (str, int, np.integer, Sequence, np.ndarray), "tokens, as texts or ids")
     return token_ids(unembed, [tokens] if isinstance(tokens, str | int | np.integer) else list(tokens))

@@ -8,13 +8,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from workbench.corpus.file_rows import SUFFIXES, Columns, file_rows, suffix
+from workbench.corpus.tokenizer import replace_surrogates
 from workbench.features.feature_store import Features, open_features
 from workbench.features.labels import LABELS, labels_table, save_labels
-from workbench.io.checks import as_path
-from workbench.io.errors import RequestError, nearest
+from workbench.io.checks import as_path, check_kind
+from workbench.io.counted import counted
+from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, natural_order
 from workbench.io.parse import load_json
 from workbench.io.reading import read_file
@@ -64,6 +67,7 @@ def import_labels(
             columns that are there already.
         DataError: A damaged file.
     """
+    check_kind("features", features, Features, "opened features, such as wb.open_features('runs/x.acts')")
     path = as_path("path", path)
     check_writable(features.path / LABELS, "features")
     columns = read_labels(path, features.shape[1], source)
@@ -94,7 +98,7 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
             f"labels: {str(path)!r} has no source {source!r}, but {_first_names(known)}{nearest(source, known)}"
         )
     columns: dict[str, dict[int, Any]] = {}
-    repeated = 0
+    repeated = replaced = 0
     for place, module, feature, values in lines:
         if source is not None and module != source:
             continue
@@ -106,9 +110,14 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
         for name, value in values.items():
             if (number := _number(value)) is not None and math.isinf(number):
                 raise RequestError(f"labels: {place}: {name} is {str(value)[:40]}; give a finite number, or none")
+            if isinstance(value, str):  # bytes that are not UTF-8 could not be written or shown
+                value, wrong = replace_surrogates(value)
+                replaced += wrong > 0
             repeated += columns.setdefault(name, {}).setdefault(feature, value) != value
     if not columns:
         raise RequestError(f"labels: {str(path)!r} has numbers of features, but nothing about them; {_EXPECTED}")
+    if replaced:
+        _LOG.warning(f"labels: {counted(replaced, 'text')} not UTF-8 in {str(path)!r}; their bytes are shown as \ufffd")
     if repeated:
         _LOG.warning(f"labels: {repeated:,} further values of labelled features are left out, the first is kept")
     return columns
@@ -175,6 +184,11 @@ def _delphi_values(file: Path, value: Any) -> dict[str, Any]:
     if (final := _number(examples[0].get("final_score"))) is not None:
         return {name: final}
     known = [(_first(example, "activating", "ground_truth"), example.get("prediction")) for example in examples]
+    if wrong := [pair for pair in known if any(not isinstance(part, bool | int | float | NoneType) for part in pair)]:
+        raise RequestError(
+            f"labels: {str(file)!r}: an example has {shown(wrong[0])} as truth and prediction, expected True or False; "
+            "run delphi again"
+        )
     pairs = [(bool(truth), float(guess) >= 0.5) for truth, guess in known if truth is not None and guess is not None]
     return _scores(name, pairs) if pairs else {}  # none where all requests of delphi failed
 
@@ -211,16 +225,20 @@ def _row(place: str, row: Any) -> Iterator[_Line]:
     if not isinstance(row, dict):
         raise RequestError(f"{place}: no object with the number of a feature; {_EXPECTED}")
     lowered = {str(name).strip().lower(): name for name in row}
+    named = [_name(name) for name in row]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise RequestError(f"{place}: two columns are called {twice[0]!r}; rename one")
     column = next((lowered[name] for name in _IDS if name in lowered), None)
     if column is None:
         raise RequestError(
             f"{place}: no column {_first_names(list(_IDS))}, but {_first_names(list(map(str, row)))}; rename one"
         )
-    feature = row[column]
+    feature = row[column].strip() if isinstance(row[column], str) else row[column]
     if isinstance(feature, float) and feature.is_integer():
         feature = int(feature)
     if not re.fullmatch(r"\d{1,18}", str(feature)) or isinstance(feature, bool):
-        raise RequestError(f"{place}: {column} is {str(feature)[:40]!r}, no number of a feature; give a whole number")
+        found = "empty" if feature is None or feature == "" else repr(str(feature)[:40])
+        raise RequestError(f"{place}: {column.strip()} is {found}, no number of a feature; give a whole number")
     module = str(_first(row, *(lowered[name] for name in _SOURCES if name in lowered)) or "")
     of_neuronpedia = "modelId" in row or isinstance(row.get("explanations"), list)
     explanations = row.get("explanations")

@@ -7,11 +7,12 @@ from functools import partial
 from math import inf, prod
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Place, RowIntervention
@@ -90,6 +91,9 @@ class Feature(RowIntervention):
 
 
 def _number(value: float | int | Tensor) -> float:
+    check_kind("value", value, (int, float, np.number, Tensor), "a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RequestError(f"value is a tensor of shape {tuple(value.shape)}; give one number")
     return float(torch.as_tensor(value).detach())
 
 

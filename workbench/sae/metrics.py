@@ -15,7 +15,7 @@ from workbench.io.errors import RequestError
 from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
-from workbench.model.load import Model
+from workbench.model.load import Model, check_model
 from workbench.results.bootstrap import Interval
 from workbench.sae.autoencoder import Sae
 from workbench.sae.input_rows import reading_of
@@ -133,6 +133,8 @@ def sae_metrics(
             be replaced.
     """
     check_resampling(resamples, seed)
+    if model is not None:
+        check_model(model)
     array = matching_site(store := opened(store), sae, site, force=force)
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
     documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
