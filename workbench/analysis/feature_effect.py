@@ -35,7 +35,7 @@ from workbench.model.row_changes import RowFunction, changeable_place
 from workbench.results.bootstrap import intervals, resampled_means
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import extremes
-from workbench.sae.feature_record import Feature
+from workbench.sae.feature_record import Feature, check_changeable
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches
@@ -140,6 +140,7 @@ def feature_effect(
     """
     check_resampling(resamples, seed)
     sae = running_sae(features, sae)
+    check_changeable(sae)
     counts, chosen_features = _chosen_features(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted

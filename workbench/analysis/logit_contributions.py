@@ -72,6 +72,8 @@ def feature_contributions(
     check("row", row, at_least=0, at_most=len(features) - 1, whole=True)
     check_sae(features, sae)
     check_writes_residual(features, sae)
+    if sae.n_sites > 1:
+        raise RequestError(f"SAE {sae.name!r} reads several sites of a row; extract the features of one layer")
     if sae.sequential:
         raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
     store = features.store

@@ -72,10 +72,7 @@ class Feature(RowIntervention):
 
     def _check_site(self, model: Model, place: Place) -> None:
         sae, site = self.sae, place.site
-        if sae.sequential or not sae.reconstructs:
-            kind = "temporal" if sae.sequential else "a transcoder"
-            reason = "its features depend on earlier tokens" if sae.sequential else "it reads one site, writes another"
-            raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
+        check_changeable(sae)
         check_training(sae, site.name, model.architecture)
         if (width := prod(place.shape)) != sae.d_in:
             raise RequestError(
@@ -88,6 +85,19 @@ class Feature(RowIntervention):
     def __str__(self) -> str:
         value = "" if self.value is None else f" {'to' if self.op == 'clamp' else 'by'} {_number(self.value):g}"
         return f"{self.op} feature {self.id}{value}"
+
+
+def check_changeable(sae: Sae) -> None:
+    """Raises RequestError for an SAE whose features cannot be changed in a row of one site."""
+    if sae.sequential:
+        kind, reason = "temporal", "its features depend on earlier tokens"
+    elif not sae.reconstructs:
+        kind, reason = "a transcoder", "it reads one site, writes another"
+    elif sae.n_sites > 1:
+        kind, reason = "a crosscoder", "it reads and writes several sites"
+    else:
+        return
+    raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
 
 
 def _number(value: float | int | Tensor) -> float:

@@ -99,6 +99,15 @@ def layers_of(folder: Path) -> list[Path]:
     return [numbered[layer] for layer in sorted(numbered)] or layer_files(folder)
 
 
+def missing_layers(files: list[Path]) -> list[str]:
+    """Returns the numbers that are left out between the first and the last of files that are numbered by layer."""
+    matches = [re.search(r"_(\d+)\.safetensors", file.name) for file in files]
+    numbers = [int(match[1]) for match in matches if match]
+    if len(set(numbers)) < len(files):  # as a config lists them
+        return []
+    return [str(number) for number in range(min(numbers), max(numbers)) if number not in numbers]
+
+
 def place_of(folder: Path, sae_id: str | None) -> Path:
     """Returns the place that an id means in a folder of several: a folder, or a file with or without its ending."""
     if sae_id is None:
@@ -177,7 +186,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     A link to a folder above it leads nowhere new.
     """
-    count, waiting = 0, [(folder, (folder.resolve(),))]
+    count = 0
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, (folder.resolve(),))]
     while waiting:
         parent, above = waiting.pop()
         try:

@@ -28,7 +28,7 @@ from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.autoencoder import Sae
-from workbench.sae.config import check_settings, ignored_settings, loaded_metadata
+from workbench.sae.config import check_metadata, check_settings, ignored_settings, loaded_metadata
 from workbench.sae.conversion import AGAIN, Converted, converted, read_object, read_tensors, tensor_names
 from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
@@ -39,6 +39,7 @@ from workbench.sae.formats import (
     is_place,
     layers_of,
     listed,
+    missing_layers,
     pickled,
     pickles_in,
     place_of,
@@ -149,6 +150,11 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     if foreign := converter(place):
         return _inference_sae(from_converted(foreign(), place, device), name)
     if not (place / CONFIG).is_file() and (files := layers_of(place)):
+        if missing := missing_layers(files):
+            _LOG.warning(
+                f"SAE {name!r} has no file of layer {listed(missing)}; the ids of its features count the layers that "
+                "are there, so those of the whole differ: download the others, or use features.sites"
+            )
         return layered([_load_place(file, file.stem, device) for file in files], name)
     settings = read_object(place / CONFIG)
     check_settings(settings, place / CONFIG)
@@ -258,6 +264,7 @@ def _noting(release: str, raw: list[dict[str, Any]]) -> Callable[..., Any]:
 
 def _inference_sae(module: SAE[Any], name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
+    check_metadata(sae.metadata, f"SAE {name!r}")
     k = getattr(module.cfg, "k", None)
     if isinstance(k, int) and k > sae.d_sae:
         raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")

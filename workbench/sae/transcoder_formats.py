@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -143,4 +144,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_kind")
     if kind not in (None, "transcoder_set", "cross_layer_transcoder"):
         raise RequestError(f"{path}: model_kind {shown(kind)} is not supported")
+    for key in ("model_name", "feature_input_hook", "feature_output_hook"):
+        if not isinstance(config.get(key), str | NoneType):
+            raise DataError(f"{path}: {key} is {shown(config[key])}, expected a text; {AGAIN}")
+    if not isinstance(config.get("transcoders"), list | NoneType):
+        raise DataError(f"{path}: transcoders is {shown(config['transcoders'])}, expected a list of files; {AGAIN}")
     return config
