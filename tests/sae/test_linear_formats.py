@@ -22,10 +22,12 @@ from formats_example import (
     features,
     largest,
     relu,
+    single,
     tensors,
     text,
 )
 from refusals import refused
+from safetensors.numpy import save_file
 
 from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import load_sae
@@ -277,3 +279,12 @@ def test_every_format_of_linear_layers_refuses_other_shapes(write, weights, name
     load_sae(write(tmp_path / "x", weights), device="cpu")
     damaged = write(tmp_path / "x", {**weights, name: part})
     assert f": {name} has the " in refused(DataError, lambda: load_sae(damaged, device="cpu"))
+
+
+def test_complex_weights_are_refused(tmp_path):
+    """Their imaginary part would be dropped."""
+    folder = sparsify(tmp_path / "x")
+    save_file({**single(SPARSIFY), "b_dec": (C + 1j).astype(np.complex64)}, folder / "sae.safetensors")
+    assert refused(DataError, lambda: load_sae(folder)) == (
+        f"{folder / 'sae.safetensors'}: b_dec has complex numbers, expected real ones; save or download the SAE again"
+    )

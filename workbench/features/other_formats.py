@@ -295,7 +295,7 @@ def _rectangle(
     features: Features,
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"], Int[np.ndarray, "sequence position"]]:
     """Sequence number and position of each row, and the token ids of all sequences in one padded array."""
-    features.store.require_whole_sequences("an export with the texts of whole sequences")
+    features.store.require_whole_sequences("an export for delphi")
     table = features.store.tokens
     ids, sequence = table["token_id"].to_numpy(), table["sequence"].to_numpy()
     begins = np.append(True, sequence[1:] != sequence[:-1])[: len(sequence)]

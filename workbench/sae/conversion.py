@@ -42,7 +42,14 @@ def read_tensors(path: Path, unless: re.Pattern[str] | None = None) -> dict[str,
     """Returns the tensors of a safetensors file in float32, but those whose whole name matches `unless`."""
     with open_safetensors(path, AGAIN) as file:
         names = [name for name in file.keys() if unless is None or not unless.fullmatch(name)]  # noqa: SIM118
-        return {name: file.get_tensor(name).to(torch.float32) for name in names}
+        return {name: _real(path, name, file.get_tensor(name)) for name in names}
+
+
+def _real(path: Path, name: str, part: Tensor) -> Tensor:
+    """A tensor in float32; DataError for a complex one, whose imaginary part would be lost."""
+    if part.is_complex():
+        raise DataError(f"{path}: {name} has complex numbers, expected real ones; {AGAIN}")
+    return part.to(torch.float32)
 
 
 def tensor_names(path: Path) -> set[str]:

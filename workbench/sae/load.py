@@ -160,7 +160,7 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     check_settings(settings, place / CONFIG)
     overrides = loaded_metadata(settings)
     try:
-        if weights := _weights_in_memory(place):
+        if weights := _weights_in_memory(place, settings):
             settings |= overrides
             if "scaling_factor" in weights:
                 weights = scaled(settings, weights, place)
@@ -189,13 +189,20 @@ def _reader(overrides: Mapping[str, Any]) -> Callable[..., Any]:
     return read
 
 
-def _weights_in_memory(place: Path) -> dict[str, Tensor] | None:
+def _weights_in_memory(place: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The weights of a folder that SAELens would not read as they are: several files, or factors of features."""
     if not (place / WEIGHTS).exists():
         shards = sorted(place.glob("*-of-*.safetensors"))
         return {name: part for shard in shards for name, part in read_tensors(shard).items()} or None
     check_regular(place / WEIGHTS, AGAIN)
-    return read_tensors(place / WEIGHTS) if "scaling_factor" in tensor_names(place / WEIGHTS) else None
+    if "scaling_factor" in tensor_names(place / WEIGHTS):
+        return read_tensors(place / WEIGHTS)
+    if settings.get("finetuning_scaling_factor"):
+        raise DataError(
+            f"{place / CONFIG}: finetuning_scaling_factor is true, but {WEIGHTS} has no tensor 'scaling_factor', "
+            f"by which the decoder would be multiplied; {AGAIN}"
+        )
+    return None
 
 
 def from_converted(converted: Converted, folder: Path | str, device: torch.device) -> SAE[Any]:
@@ -269,8 +276,11 @@ def _inference_sae(module: SAE[Any], name: str) -> Sae:
     if isinstance(k, int) and k > sae.d_sae:
         raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")
     for weights, part in module.named_parameters():
-        if part.ndim == 1 and (undefined := int(part.isnan().sum())):
-            raise DataError(f"SAE {name!r}: {undefined} of {len(part)} numbers of {weights} are NaN; {AGAIN}")
+        if part.ndim != 1:
+            continue
+        wrong, words = (~part.isfinite(), "NaN or infinite") if weights == "b_dec" else (part.isnan(), "NaN")
+        if undefined := int(wrong.sum()):
+            raise DataError(f"SAE {name!r}: {undefined} of {len(part)} numbers of {weights} are {words}; {AGAIN}")
     if module.cfg.normalize_activations in UNFOLDED:
         _LOG.warning(
             f"SAE {name!r} was trained with {module.cfg.normalize_activations}, whose constants are not in its files "

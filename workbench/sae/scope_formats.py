@@ -272,7 +272,9 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
     try:
         with open_file(path, AGAIN) as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {f"W_{name[2:]}" if name.startswith("w_") else name: file[name] for name in file.files}
-        weights = {name: torch.from_numpy(part.astype(np.float32)) for name, part in arrays.items()}
+        weights = {
+            name: torch.from_numpy(part.astype(np.float32, casting="same_kind")) for name, part in arrays.items()
+        }
     except WorkbenchError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
