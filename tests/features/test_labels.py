@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -62,7 +63,7 @@ def test_delphi_folders_give_descriptions_and_scores(copied, tmp_path):
     assert read_labels(tmp_path / "run" / "scores" / "simulation", 20) == {"simulation": {7: 0.25}}
 
 
-def neuronpedia(index, text, layer="0-res", scores=(), **more):
+def neuronpedia(index, text, layer="1-res", scores=(), **more):
     entries = [{"value": value, "explanationScoreTypeName": name} for name, value in scores]
     return {"modelId": "demo", "layer": layer, "index": str(index), "description": text, "scores": entries} | more
 
@@ -82,7 +83,7 @@ def test_exports_of_neuronpedia_are_read_in_the_order_of_their_batches(copied, t
     assert labels["description"].to_dict() == {4: "four", 5: "five"}
     assert (labels.loc[5, "explained_by"], labels.loc[5, "explanation_type"]) == ("gpt", "oai")
     assert labels.loc[4, "recall"] == 0.5
-    whole = {"modelId": "demo", "layer": "0-res", "index": "4", "explanations": [neuronpedia(4, "inside")]}
+    whole = {"modelId": "demo", "layer": "1-res", "index": "4", "explanations": [neuronpedia(4, "inside")]}
     assert read_labels(write(tmp_path / "one.json", whole), 20)["description"] == {4: "inside"}
 
 
@@ -242,6 +243,28 @@ def test_labels_that_are_not_utf_8_can_be_shown(copied, tmp_path):
     with warned("labels: 1 text not UTF-8 in "):
         labels = import_labels(copied, path).labels
     assert labels["description"].tolist() == ["caf\ufffd", "tea"]
+
+
+def other_layer(source, fits):
+    return nullcontext() if fits else warned(f"labels: the files are of {source!r}, and these features of blocks.1.")
+
+
+@pytest.mark.parametrize(
+    ("source", "fits"),
+    [("1-res-jb", True), ("2-res-jb", True), ("0-res-jb", False), ("12-res", False), ("res-3", True), ("", True)],
+)
+def test_labels_of_another_layer_are_warned_of(source, fits, copied, tmp_path):
+    """The features are of resid_post.1, which is resid_pre.2 as well; a name without a layer fits."""
+    path = write(tmp_path / "a.json", [{"modelId": "m", "layer": source, "index": 3, "description": "days"}])
+    with other_layer(source, fits):
+        assert import_labels(copied, path).labels["description"].tolist() == ["days"]
+
+
+@pytest.mark.parametrize(("hookpoint", "fits"), [("layers.1", True), ("model.layers.2.mlp", True), ("h.11", False)])
+def test_delphis_hookpoint_of_another_layer_is_warned_of(hookpoint, fits, copied, tmp_path):
+    write(tmp_path / "explanations" / f"{hookpoint}_latent3.txt", '"days"')
+    with other_layer(hookpoint, fits):
+        assert import_labels(copied, tmp_path).labels["description"].tolist() == ["days"]
 
 
 @pytest.mark.parametrize("prediction", ["maybe", [1], {"a": 1}])

@@ -111,6 +111,7 @@ CALLS = [
     (lambda _: plain(decoder_directions)(None, [1.7]), "feature must be the number of one, not 1.7"),
     (lambda _: plain(feature_quantiles)(None, 0.5), "quantiles must be numbers from 0 to 1, such as (0.1, 0.9), not"),
     (lambda _: plain(_token_ids)(None, 1.5, None), "tokens must be tokens, as texts or ids, not 1.5"),
+    (lambda _: plain(wb.Feature.place.fget)(SimpleNamespace(sae="demo", site=None)), SAE),
     (lambda _: plain(_number)("3"), "value must be a number, not '3'"),
     (lambda _: plain(_number)(torch.ones(2)), "value is a tensor of shape (2,); give one number"),
     (lambda at: plain(label_columns)(at.store, {"x": 5}), "labels: x is 5; give a list or array of one value per row"),

@@ -21,6 +21,7 @@ from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, natural_order
 from workbench.io.parse import load_json
 from workbench.io.reading import read_file
+from workbench.sae.site import site_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ _IDS = ("feature", "index", "feature_id", "feature_index", "latent", "latent_id"
 _SOURCES = ("layer", "source", "sae_id", "module")
 """Columns that tell the autoencoders of one file apart."""
 _DELPHI = re.compile(r"(.*?)[_.]?(?:latent|feature)_?(\d+)")
+_LAYER = re.compile(r"^(\d+)-|(?:^|[._])(?:layers?|h|blocks)[._](\d+)(?:[._]|$)")
+"""Layer in the name of an autoencoder: Neuronpedia's 8-res-jb, delphi's model.layers.8.mlp."""
 _NEURONPEDIA = {"explanationModelName": "explained_by", "typeName": "explanation_type"}
 
 _EXPECTED = (
@@ -70,7 +73,7 @@ def import_labels(
     check_kind("features", features, Features, "opened features, such as wb.open_features('runs/x.acts')")
     path = as_path("path", path)
     check_writable(features.path / LABELS, "features")
-    columns = read_labels(path, features.shape[1], source)
+    columns = read_labels(path, features.shape[1], source, features.record.site)
     saved = features.labels
     twice = [name for name in columns if name in saved.columns]
     if twice and not replace:
@@ -81,8 +84,13 @@ def import_labels(
     return open_features(features.path, features.store)
 
 
-def read_labels(path: Path, features: int, source: str | None = None) -> dict[str, dict[int, Any]]:
-    """Returns the labels in files as values by column and feature; arguments and errors as for `import_labels`."""
+def read_labels(
+    path: Path, features: int, source: str | None = None, site: str | None = None
+) -> dict[str, dict[int, Any]]:
+    """Returns the labels in files as values by column and feature; arguments and errors as for `import_labels`.
+
+    Warns where the files name an autoencoder of another layer than `site`.
+    """
     lines = list(_lines(path))
     if not lines:
         raise RequestError(f"labels: {str(path)!r} has none; {_EXPECTED}")
@@ -97,6 +105,7 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
         raise RequestError(
             f"labels: {str(path)!r} has no source {source!r}, but {_first_names(known)}{nearest(source, known)}"
         )
+    _warn_of_other_layer(known[0] if source is None else source, site)
     columns: dict[str, dict[int, Any]] = {}
     repeated = replaced = 0
     for place, module, feature, values in lines:
@@ -121,6 +130,16 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
     if repeated:
         _LOG.warning(f"labels: {repeated:,} further values of labelled features are left out, the first is kept")
     return columns
+
+
+def _warn_of_other_layer(module: str, site: str | None) -> None:
+    named = _LAYER.search(module)
+    layers = [match[1] for name in site_names(site or "") if (match := re.match(r"blocks\.(\d+)\.", name))]
+    if named and layers and (named[1] or named[2]) not in layers:
+        _LOG.warning(
+            f"labels: the files are of {module!r}, and these features of {site}; give the labels of this SAE, or "
+            "ignore this if layers are counted in another way"
+        )
 
 
 def _first_names(names: list[str]) -> str:

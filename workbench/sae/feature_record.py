@@ -17,7 +17,7 @@ from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Place, RowIntervention
 from workbench.model.token_choice import At
-from workbench.sae.autoencoder import Sae
+from workbench.sae.autoencoder import Sae, check_autoencoder
 from workbench.sae.decoder import decoder_directions, row_scale
 from workbench.sae.site import block_rows, check_trained_on
 from workbench.sae.training import check_training
@@ -47,6 +47,7 @@ class Feature(RowIntervention):
     @property
     def place(self) -> str:
         """Name of the site. RequestError if neither the record nor the SAE's files have it."""
+        check_autoencoder(self.sae)
         if self.site is None and self.sae.site is None:
             raise RequestError(f"site: the files of SAE {self.sae.name!r} do not record its site; give site=")
         return self.site or str(self.sae.site)
