@@ -139,8 +139,7 @@ def feature_effect(
             that is never active on text.
     """
     check_resampling(resamples, seed)
-    sae = running_sae(features, sae)
-    check_changeable(sae)
+    check_changeable(sae := running_sae(features, sae))
     counts, chosen_features = _chosen_features(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted

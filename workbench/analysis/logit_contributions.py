@@ -72,10 +72,7 @@ def feature_contributions(
     check("row", row, at_least=0, at_most=len(features) - 1, whole=True)
     check_sae(features, sae)
     check_writes_residual(features, sae)
-    if sae.n_sites > 1:
-        raise RequestError(f"SAE {sae.name!r} reads several sites of a row; extract the features of one layer")
-    if sae.sequential:
-        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
+    _check_adds_up(sae)
     store = features.store
     unembed = load_unembed(store.path)
     last = f"resid_post.{store.manifest.model.n_layers - 1}"
@@ -92,6 +89,14 @@ def feature_contributions(
     ]
     tables = [_table(names, index, token, unembed, k) for index, token in enumerate(ids)]
     return with_names(pd.concat(tables, ignore_index=True).astype({"feature": "Int64"}), features.labels)
+
+
+def _check_adds_up(sae: Sae) -> None:
+    """Refuses an SAE whose features of a row are no terms of its stream."""
+    if sae.n_sites > 1:
+        raise RequestError(f"SAE {sae.name!r} reads several sites of a row; extract the features of one layer")
+    if sae.sequential:
+        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
 
 
 def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_model"], last: str) -> list[Part]:

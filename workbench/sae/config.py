@@ -88,9 +88,8 @@ def check_metadata(metadata: Mapping[str, Any], source: object) -> None:
         value = metadata.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise DataError(f"{source}: metadata.{name} is {shown(value)}, expected {expected}; correct its settings")
-    for name in ("context_size", "n_sites"):
-        if (number := metadata.get(name)) is not None and number < 1:
-            raise DataError(f"{source}: metadata.{name} is {number}, expected a number from 1 on; correct its settings")
+    if (number := metadata.get("n_sites")) is not None and number < 1:
+        raise DataError(f"{source}: metadata.n_sites is {number}, expected a number from 1 on; correct its settings")
     names = metadata.get("hook_names")
     if names and (len(names) != (metadata.get("n_sites") or 1) or not all(isinstance(site, str) for site in names)):
         raise DataError(
@@ -101,7 +100,7 @@ def check_metadata(metadata: Mapping[str, Any], source: object) -> None:
 
 _METADATA: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("hook_name", "hook_name_out", "model_name"), (str, "a text")),
-    **dict.fromkeys(("context_size", "n_sites", "hook_head_index"), (int, "a whole number")),
+    **dict.fromkeys(("n_sites", "hook_head_index"), (int, "a whole number")),
     "hook_names": ((list, tuple), "a list of names"),
 }
 

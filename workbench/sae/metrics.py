@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64
 
-from workbench.io.checks import check_resampling
+from workbench.io.checks import check_kind, check_resampling
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
 from workbench.io.torch_state import plain_torch
-from workbench.model.load import Model, check_model
+from workbench.model.load import Model
 from workbench.results.bootstrap import Interval
 from workbench.sae.autoencoder import Sae
 from workbench.sae.input_rows import reading_of
@@ -23,7 +24,7 @@ from workbench.sae.reconstruction import Documents, fit, ratio_intervals
 from workbench.sae.site import matching_site
 from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
 from workbench.store.lost_values import FiniteRows, finite_rows
-from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, opened
+from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath
 
 _FAR = 25.0  # times the median of |x - x̄|²
 _LOSSES = ("loss_clean", "loss_spliced", "loss_zeroed", "kl_spliced", "kl_zeroed")  # in the order of `SplicedLoss`
@@ -133,11 +134,10 @@ def sae_metrics(
             be replaced.
     """
     check_resampling(resamples, seed)
-    if model is not None:
-        check_model(model)
-    array = matching_site(store := opened(store), sae, site, force=force)
+    check_kind("model", model, (Model, NoneType), "a loaded model, such as wb.load_model('demo')")
+    array = matching_site(store, sae, site, force=force)
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
-    documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
+    documents = Documents.of(array.store.tokens["document"].to_numpy(), finite.rows)
     tokens, spliced = (0, {}) if model is None else spliced_ratios(array, sae, model, documents)
     ratios, counts, spread = fit(array, sae, documents)
     intervals = ratio_intervals(ratios | spliced, resamples, seed)
@@ -147,7 +147,7 @@ def sae_metrics(
         documents.count,
         **{name: interval.mean for name, interval in fitted.items()},
         loss=SplicedLoss(tokens, *(intervals[name].mean for name in _LOSSES)) if spliced else None,
-        notes=(*finite.notes, *_massive_rows(store, documents.ids, spread)),
+        notes=(*finite.notes, *_massive_rows(array.store, documents.ids, spread)),
         intervals=fitted | intervals,
         density=counts.table(),
     )
