@@ -129,9 +129,8 @@ def sae_metrics(
         seed: Random seed of the resamples.
 
     Raises:
-        RequestError: As `extract_features`; a transcoder, whose output is another site than its input; a temporal SAE,
-            whose features are a residual of a prediction; no rows; another model than the store's; a site that cannot
-            be replaced.
+        RequestError: As `extract_features`; a transcoder or temporal SAE, whose features do not reconstruct the rows;
+            no rows; another model than the store's; a site that cannot be replaced.
     """
     check_resampling(resamples, seed)
     check_kind("model", model, (Model, NoneType), "a loaded model, such as wb.load_model('demo')")
