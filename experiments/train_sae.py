@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -26,7 +26,8 @@ import workbench as wb
 from workbench.cli.arguments import parse
 from workbench.cli.options import Positional
 from workbench.cli.process import run_command
-from workbench.io.checks import check_fields
+from workbench.io.checks import check, check_fields
+from workbench.io.files import check_new_folder
 from workbench.io.torch_state import usable_device
 from workbench.sae.zipf_loss import with_zipf_loss
 
@@ -72,7 +73,11 @@ class TrainSae:
     """Device: cpu, cuda, cuda:1. None: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "d_sae", "steps", "batch", "dead_feature_window", at_least=1)
+        check_fields(self, "d_sae", "steps", "batch", "dead_feature_window", at_least=1, whole=True)
+        check("k", self.k, at_least=1, at_most=self.d_sae, whole=True, optional=True)
+        check("learning_rate", self.learning_rate, above=0, below=inf)
+        check("checkpoints", self.checkpoints, at_least=0, whole=True)
+        check_fields(self, "l1_coefficient", "l0_coefficient", at_least=0, below=inf, optional=True)
 
 
 @runtime_checkable
@@ -126,10 +131,38 @@ def train_sae(settings: TrainSae, store: wb.Store, checkpoint_path: Path | None 
             **_architecture_settings(settings, config),
         )
     )
-    with torch.no_grad():
-        sample = rows[:: max(1, len(rows) // _MEAN_ROWS)]
-        sae.b_dec.copy_(array[sample].float().flatten(1).mean(0))
-    return SAETrainer(_trainer_config(settings, checkpoint_path), sae, batches(array, rows, settings)).fit()
+    trainer = SAETrainer(_trainer_config(settings, checkpoint_path), sae, batches(array, rows, settings))
+    begin_at_mean(trainer, array, rows)
+    trained = trainer.fit()
+    if bad := [name for name, part in trained.named_parameters() if not bool(part.isfinite().all())]:
+        raise wb.DataError(
+            f"training of {settings.site} ended in {bad[0]} that is not finite; give a smaller learning_rate, or a "
+            "where that leaves out rows with NaN or infinite values"
+        )
+    return trained
+
+
+@torch.no_grad()
+def begin_at_mean(trainer: SAETrainer[Any, Any], array: wb.ActivationArray, rows: Int64[np.ndarray, " row"]) -> None:
+    """Measures the factor that scales inputs, and sets the decoder's bias to the mean of the scaled activations.
+
+    Args:
+        trainer: a trainer that has not started.
+        array: the site.
+        rows: the training rows.
+
+    Raises:
+        DataError: rows that are zero, NaN or infinite.
+    """
+    sample = array[rows[:: max(1, len(rows) // _MEAN_ROWS)]].float().flatten(1)
+    if not 0 < float(norm := sample.norm(dim=1).mean()) < inf:
+        raise wb.DataError(
+            f"the rows of {array.site.label} have the mean norm {float(norm):g}, by which inputs are divided; give a "
+            "where that leaves out rows with NaN or infinite values"
+        )
+    scaler, batches_for_norm = trainer.activation_scaler, trainer.cfg.n_batches_for_norm_estimate
+    scaler.estimate_scaling_factor(sample.shape[1], trainer.data_provider, batches_for_norm)
+    trainer.sae.b_dec.copy_(scaler.scale(sample.mean(0)))
 
 
 def _trainer_config(settings: TrainSae, checkpoint_path: Path | None) -> SAETrainerConfig:
@@ -184,8 +217,7 @@ class _Command:
     def run(self) -> int:
         """Trains the SAE and saves it."""
         settings = self.settings
-        if self.out.exists() and any(self.out.iterdir()):
-            raise wb.RequestError(f"{self.out} is not empty; choose another out")
+        check_new_folder(self.out)
         sae = train_sae(settings, wb.open_store(self.store), self.out / "checkpoints")
         sae.save_inference_model(str(self.out))
         print(f"{settings.architecture} of {settings.d_sae:,} features on {settings.site}: {self.out}")

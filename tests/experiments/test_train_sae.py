@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import store_example
 import torch
 from refusals import refused
 from store_example import MODEL, token_table, values, write_store
@@ -11,7 +12,7 @@ from warned import warned
 
 import workbench as wb
 from workbench.experiments.train_sae import TrainSae, batches, main, train_sae
-from workbench.io.errors import RequestError
+from workbench.io.errors import DataError, RequestError
 from workbench.store.manifest import SiteRecord
 from workbench.store.reader import open_store
 
@@ -63,6 +64,17 @@ def test_what_is_trained_fits_better_than_at_first_and_loads(store, tmp_path, ch
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("architecture", ["topk", "standard", "gated", "jumprelu"])
+def test_the_bias_of_the_decoder_starts_at_the_mean_activation(store, architecture):
+    """Inputs are scaled in training: a mean in the units of the store would become another one when weights are."""
+    settings = replace(SMALL, architecture=architecture, k=3 if architecture == "topk" else None)
+    settings = replace(settings, steps=1, learning_rate=1e-9)
+    rows = values(SITE, 0, 90)[store.where("NOT is_special").ids].astype(np.float64)
+    bias = train_sae(settings, store).b_dec.detach().numpy()
+    np.testing.assert_allclose(bias, rows.mean(0), rtol=1e-4, atol=1e-5)
+    assert abs(np.linalg.norm(rows, axis=1).mean() - 8**0.5) > 10  # another scale than that of training
+
+
 def test_the_seed_decides_the_weights_and_every_setting_matters(store):
     def weights(**change):
         return train_sae(replace(SMALL, **{"steps": 3, **change}), store).W_enc.detach()
@@ -107,9 +119,47 @@ def test_wrong_requests(store, tmp_path, capsys):
         assert refused(RequestError, lambda change=change: train_sae(replace(SMALL, **change), store)).startswith(
             message
         )
-    assert refused(RequestError, lambda: replace(SMALL, steps=0)) == "steps must be at least 1, not 0"
     (tmp_path / "diary").touch()
     with pytest.raises(SystemExit) as stopped:
         main([str(store.path), "--out", str(tmp_path), "--site", "resid_post.1"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"workbench: {tmp_path} is not empty; choose another --out\n"
+    message = f"workbench: --out {str(tmp_path)!r} exists and is not empty; choose another folder\n"
+    assert capsys.readouterr().err == message
+    with pytest.raises(SystemExit) as stopped:
+        main([str(store.path), "--out", str(tmp_path / "diary"), "--site", "resid_post.1"])
+    assert (stopped.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number, at least 1, not 0"),
+        ({"k": 17}, "k must be a whole number, from 1 to 16, not 17"),
+        ({"k": 0}, "k must be a whole number, from 1 to 16, not 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0 and finite, not -1.0"),
+        ({"checkpoints": -1}, "checkpoints must be a whole number, at least 0, not -1"),
+        ({"l0_coefficient": float("nan")}, "l0_coefficient must be at least 0 and finite, not nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_training(change, message):
+    assert refused(RequestError, lambda: replace(SMALL, **change)) == message
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "message"),
+    [
+        (np.nan, {}, "the rows of resid_post.1 have the mean norm nan, by which inputs are divided; give a where that"),
+        (
+            0.0,
+            {},
+            "the rows of resid_post.1 have the mean norm 0, by which inputs are divided; give a where that leaves",
+        ),
+        (None, {"learning_rate": 1e38}, "training of resid_post.1 ended in "),
+    ],
+)
+def test_an_autoencoder_with_nan_is_never_returned(tmp_path, monkeypatch, number, settings, message):
+    if number is not None:
+        monkeypatch.setattr(store_example, "values", lambda site, first, rows: np.full((rows, 8), number, np.float32))
+    store = open_store(write_store(tmp_path / "x.acts", [[40]], sites=(SITE,)))
+    error = refused(DataError, lambda: train_sae(replace(SMALL, **settings), store))
+    assert error.startswith(message)

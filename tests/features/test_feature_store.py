@@ -4,9 +4,11 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from features_example import HEADS, ROWS, SEGMENTS, SITE, TRAINED, extracted
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 from store_example import MODEL, part_of, token_table, values, write_segment, write_store, writing
 
-from workbench.features.feature_store import open_features
+from workbench.features.feature_store import Features, open_features
 from workbench.features.index import feature_groups
 from workbench.io.errors import DataError, RequestError
 from workbench.io.parse import to_checked_json
@@ -178,10 +180,30 @@ def test_a_feature_made_for_a_label_is_found(store, tmp_path):
             lambda f: f.enrichment(np.ones(5, bool)),
             "where: a mask of shape (5,) does not fit 51 rows; give one value per row",
         ),
+        (
+            lambda f: unwrap(Features.top)(f, 0, where=np.arange(51) % 2),
+            "where must be SQL, rows of the store or a mask of True and False, not int64",
+        ),
+        (
+            lambda f: unwrap(Features.enrichment)(f, ["a"] * 51),
+            "where must be SQL, rows of the store or a mask of True and",
+        ),
+        (lambda f: unwrap(Features.top)(f, 0, where=3), "where must be SQL, rows of the store or a mask, not 3"),
     ],
 )
 def test_invalid_queries_are_refused(features, call, message):
     assert refused(RequestError, lambda: call(features)).startswith(message)
+
+
+@pytest.mark.parametrize("kind", [list, torch.from_numpy, lambda mask: pd.Series(mask, index=np.arange(51)[::-1])])
+def test_a_mask_selects_rows_by_place_whatever_holds_it(features, kind):
+    """A Series has labels of its own, and numbers 0 and 1 would be taken for places."""
+    mask = np.arange(51) % 3 == 0
+    feature = int(np.argmax(features.counts))
+    dense = features[slice(None)].toarray()[:, feature]
+    expected = [row for row in np.argsort(-dense, kind="stable") if dense[row] > 0 and mask[row]]
+    assert unwrap(Features.top)(features, feature, where=kind(mask))["row"].tolist() == expected[:20]
+    assert unwrap(Features.enrichment)(features, kind(mask)).equals(features.enrichment(mask))
 
 
 def test_features_of_a_store_that_grew_are_refused(store, sae):

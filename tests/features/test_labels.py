@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -62,7 +63,7 @@ def test_delphi_folders_give_descriptions_and_scores(copied, tmp_path):
     assert read_labels(tmp_path / "run" / "scores" / "simulation", 20) == {"simulation": {7: 0.25}}
 
 
-def neuronpedia(index, text, layer="0-res", scores=(), **more):
+def neuronpedia(index, text, layer="1-res", scores=(), **more):
     entries = [{"value": value, "explanationScoreTypeName": name} for name, value in scores]
     return {"modelId": "demo", "layer": layer, "index": str(index), "description": text, "scores": entries} | more
 
@@ -82,7 +83,7 @@ def test_exports_of_neuronpedia_are_read_in_the_order_of_their_batches(copied, t
     assert labels["description"].to_dict() == {4: "four", 5: "five"}
     assert (labels.loc[5, "explained_by"], labels.loc[5, "explanation_type"]) == ("gpt", "oai")
     assert labels.loc[4, "recall"] == 0.5
-    whole = {"modelId": "demo", "layer": "0-res", "index": "4", "explanations": [neuronpedia(4, "inside")]}
+    whole = {"modelId": "demo", "layer": "1-res", "index": "4", "explanations": [neuronpedia(4, "inside")]}
     assert read_labels(write(tmp_path / "one.json", whole), 20)["description"] == {4: "inside"}
 
 
@@ -221,6 +222,58 @@ def test_matches_splits_and_probes_show_the_words_of_every_feature(copied, tmp_p
     active = np.isin(np.arange(len(copied)), rows).astype(str)
     probes = wb.sparse_probe(labelled, {"active": active}, k=[1], least=1, resamples=10, show_progress=False).table
     assert set(probes["features_description"]) == {f"one ({feature})"}
+
+
+def test_cells_are_read_as_people_write_them(copied, tmp_path):
+    assert read_labels(write(tmp_path / "a.csv", "feature , description\n 3 , days\n"), 20) == {
+        "description": {3: " days"}
+    }
+    for content, message in (
+        ("Feature,Description,DESCRIPTION\n3,days,weeks\n", ":2: two columns are called 'description'; rename one"),
+        ("feature,description\n,days\n", ":2: feature is empty, no number of a feature; give a whole number"),
+    ):
+        path = write(tmp_path / "b.csv", content)
+        assert refused(RequestError, lambda path=path: read_labels(path, 20)) == f"labels: {path}{message}"
+
+
+def test_labels_that_are_not_utf_8_can_be_shown(copied, tmp_path):
+    """A lone surrogate would end every later print and page."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"feature,description\n3,caf\xe9\n4,tea\n")
+    with warned("labels: 1 text not UTF-8 in "):
+        labels = import_labels(copied, path).labels
+    assert labels["description"].tolist() == ["caf\ufffd", "tea"]
+
+
+def other_layer(source, fits):
+    return nullcontext() if fits else warned(f"labels: the files are of {source!r}, and these features of blocks.1.")
+
+
+@pytest.mark.parametrize(
+    ("source", "fits"),
+    [("1-res-jb", True), ("2-res-jb", True), ("0-res-jb", False), ("12-res", False), ("res-3", True), ("", True)],
+)
+def test_labels_of_another_layer_are_warned_of(source, fits, copied, tmp_path):
+    """The features are of resid_post.1, which is resid_pre.2 as well; a name without a layer fits."""
+    path = write(tmp_path / "a.json", [{"modelId": "m", "layer": source, "index": 3, "description": "days"}])
+    with other_layer(source, fits):
+        assert import_labels(copied, path).labels["description"].tolist() == ["days"]
+
+
+@pytest.mark.parametrize(("hookpoint", "fits"), [("layers.1", True), ("model.layers.2.mlp", True), ("h.11", False)])
+def test_delphis_hookpoint_of_another_layer_is_warned_of(hookpoint, fits, copied, tmp_path):
+    write(tmp_path / "explanations" / f"{hookpoint}_latent3.txt", '"days"')
+    with other_layer(hookpoint, fits):
+        assert import_labels(copied, tmp_path).labels["description"].tolist() == ["days"]
+
+
+@pytest.mark.parametrize("prediction", ["maybe", [1], {"a": 1}])
+def test_predictions_of_delphi_that_are_none_are_refused(prediction, tmp_path):
+    path = write(tmp_path / "scores" / "fuzz" / "l_latent3.txt", [{"activating": True, "prediction": prediction}])
+    assert refused(RequestError, lambda: read_labels(tmp_path, 20)) == (
+        f"labels: {str(path)!r}: an example has {(True, prediction)!r} as truth and prediction, expected True or "
+        "False; run delphi again"
+    )
 
 
 def test_pages_views_and_commands_show_labels_as_text(copied, example, tmp_path):

@@ -205,7 +205,7 @@ def test_neuronpedia_reads_the_same_features(extraction, tmp_path):
 
 def test_chosen_features_and_a_name_for_neuronpedia(extraction, tmp_path):
     features, sae, _ = extraction
-    wb.export_neuronpedia(features, sae, tmp_path, ids=[5, 2], sae_set="res-x", show_progress=False)
+    wb.export_neuronpedia(features, sae, tmp_path, ids=[5, 2, 5], sae_set="res-x", show_progress=False)
     (batch,) = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert batch["sae_set"] == "res-x"
     assert [f["feature_index"] for f in batch["features"]] == [5, 2]

@@ -188,6 +188,7 @@ def test_labels_given_as_values(features, text, store):
         (lambda f: feature_quantiles(f, [0.5, 1.5]), "quantiles must be from 0 to 1, not 1.5"),
         (lambda f: wb.feature_histogram(f, 0, bins=0), "bins must be a whole number, at least 1, not 0"),
         (lambda f: wb.feature_histogram(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
+        (lambda f: wb.active_rows(f, 3, above=float("nan")), "above must be finite, not nan"),
         (lambda f: wb.active_rows(f, -1), "feature -1 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.coactivation(f, 20), "feature 20 does not exist; the SAE has features 0 to 19"),
         (lambda f: wb.best_features(f, "sorce"), "labels: no column 'sorce'; columns are row, sequence, "),

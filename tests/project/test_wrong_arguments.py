@@ -14,9 +14,13 @@ import torch
 from refusals import refused, unchecked
 
 import workbench as wb
+from workbench.analysis.logit_contributions import _token_ids
 from workbench.analysis.patch_pairs import pairs_of
+from workbench.features.extract import _check_choices
 from workbench.features.feature_store import Features
+from workbench.features.other_formats import _checked_ids
 from workbench.features.promoted import check_sae
+from workbench.features.queries import feature_quantiles, label_columns
 from workbench.io.checks import whole_number
 from workbench.io.errors import RequestError
 from workbench.model.load import Model, check_model
@@ -25,8 +29,11 @@ from workbench.model.row_changes import changeable_place
 from workbench.model.row_records import _direction
 from workbench.probes import JacobianLens, TunedLens
 from workbench.recording.generation import Sampling
-from workbench.recording.record import _workers
+from workbench.recording.record import _features, _workers
 from workbench.results.registry import installed_probes
+from workbench.sae.choice import TopK
+from workbench.sae.decoder import decoder_directions
+from workbench.sae.feature_record import _number
 from workbench.sae.site import matching_site
 from workbench.sites.settings import _names
 from workbench.store.layers import select_layers
@@ -92,6 +99,28 @@ CALLS = [
     (lambda _: plain(_direction)("a.safetensors", None), "'a.safetensors'; load its file: wb.load_direction(path)"),
     (lambda at: plain(check_sae)(at.store, None), "features must be opened features, such as wb.open_features("),
     (lambda _: plain(Features.rows_of)(None, "0"), "feature must be the number of one, not '0'"),
+    (lambda _: plain(wb.load_sae)("demo", 3), "sae_id must be a path (a text or a pathlib.Path), not 3"),
+    (lambda at: plain(_features)("demo", None, "float32", False), SAE),
+    (lambda _: plain(wb.import_labels)("x", "y.csv"), "features must be opened features, such as wb.open_features("),
+    (
+        lambda _: plain(_check_choices)(None, "float32", 3, None, None),
+        "sparsity must be a rule, such as TopK(32), not 3",
+    ),
+    (lambda _: unchecked(TopK, k=1.5), "k must be a whole number, at least 1, not 1.5"),
+    (lambda _: plain(_checked_ids)(None, [1.5]), "ids must be numbers of features, not 1.5"),
+    (lambda _: plain(decoder_directions)(None, [1.7]), "feature must be the number of one, not 1.7"),
+    (lambda _: plain(feature_quantiles)(None, 0.5), "quantiles must be numbers from 0 to 1, such as (0.1, 0.9), not"),
+    (lambda _: plain(_token_ids)(None, 1.5, None), "tokens must be tokens, as texts or ids, not 1.5"),
+    (lambda _: plain(wb.Feature.place.fget)(SimpleNamespace(sae="demo", site=None)), SAE),
+    (lambda _: plain(_number)("3"), "value must be a number, not '3'"),
+    (lambda _: plain(_number)(torch.ones(2)), "value is a tensor of shape (2,); give one number"),
+    (lambda at: plain(label_columns)(at.store, {"x": 5}), "labels: x is 5; give a list or array of one value per row"),
+    (lambda at: plain(label_columns)(at.store, []), "labels is empty; name columns of the token table, or give values"),
+    (
+        lambda at: plain(label_columns)(at.store, {"x": [[1]] * at.store.rows}),
+        "labels: a value of x is list<item: int64>; give one number or text per row",
+    ),
+    (lambda at: plain(wb.sae_metrics)(at.store, None, model="demo"), MODEL),
     (lambda at: plain(wb.sae_metrics)(at.store, None, seed=-1), "seed must be a whole number, at least 0"),
     (lambda _: plain(wb.feature_effect)(None, None, 0, seed=-1), "seed must be a whole number, at least 0"),
     (lambda _: plain(wb.random_repeats)("demo"), "tokens must be a tokenizer, such as model.tokenizer, or ids"),

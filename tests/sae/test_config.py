@@ -5,7 +5,8 @@ import json
 import pytest
 from refusals import refused
 from sae_example import edit_config, save_sae
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import ones
 
 from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import load_sae
@@ -104,3 +105,38 @@ def test_k_is_a_whole_number_above_0(k, tmp_path):
 )
 def test_values_have_the_type_that_the_class_declares(changes, reason, tmp_path):
     assert text(DataError, edit_config(save_sae(tmp_path / "one", "topk"), **changes)).startswith(f": {reason}")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"hook_name": 3}, "hook_name is 3, expected a text; correct its settings"),
+        ({"hook_name": ["a", "b"]}, "hook_name is ['a', 'b'], expected a text; correct its settings"),
+        ({"model_name": 5}, "model_name is 5, expected a text; correct its settings"),
+        ({"n_sites": "x"}, "n_sites is 'x', expected a whole number; correct its settings"),
+        ({"n_sites": 0}, "n_sites is 0, expected a number from 1 on; correct its settings"),
+        ({"hook_head_index": "1"}, "hook_head_index is '1', expected a whole number; correct its settings"),
+        ({"n_sites": True}, "n_sites is True, expected a whole number; correct its settings"),
+        ({"hook_names": ["a", "b"]}, "hook_names is ['a', 'b'], expected as many names as n_sites, 1; correct its"),
+    ],
+)
+def test_what_files_record_of_a_training_has_the_right_type(metadata, reason, tmp_path):
+    """These are used long after loading, by code that takes them for text or numbers."""
+    folder = save_sae(tmp_path / "one", "topk")
+    edit_config(folder, metadata=json.loads((folder / "cfg.json").read_text())["metadata"] | metadata)
+    assert text(DataError, folder).startswith(f"SAE 'one': metadata.{reason}")
+
+
+def test_names_of_other_libraries_files_are_checked_too(tmp_path):
+    save_file(
+        {"W_enc": ones(20, 8), "b_enc": ones(20), "W_dec": ones(20, 8), "b_dec": ones(8)},
+        tmp_path / "layer_0.safetensors",
+    )
+    for line, reason in (
+        ("model_name: 5", "model_name is 5, expected a text"),
+        ("feature_input_hook: [a]", "feature_input_hook is ['a'], expected a text"),
+        ("transcoders: 3", "transcoders is 3, expected a list of files"),
+    ):
+        (tmp_path / "config.yaml").write_text(line)
+        message = f"{tmp_path / 'config.yaml'}: {reason}; save or download the SAE again"
+        assert refused(DataError, lambda: load_sae(tmp_path, "layer_0")) == message

@@ -291,7 +291,7 @@ def test_another_choice_is_made_of_the_same_pre_activations(architecture, precis
 
 def test_a_choice_out_of_range_is_refused(tmp_path):
     sae = saved(tmp_path / "sae", "topk")
-    assert refused(RequestError, lambda: TopK(0)) == "k must be at least 1, not 0"
+    assert refused(RequestError, lambda: TopK(0)) == "k must be a whole number, at least 1, not 0"
     text = refused(RequestError, lambda: encoder(sae, precision="int4"))
     assert text == "precision must be float32 or bfloat16, not 'int4'"
     assert refused(RequestError, lambda: encoder(sae, TopK(501))).startswith("k is 501, but SAE 'sae' has only 500")

@@ -3,11 +3,12 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from formats_example import B, C, K, V, W, X, assert_close, features, largest, relu, tensors
+from formats_example import B, C, K, V, W, X, assert_close, features, largest, relu, tensors, text
 from refusals import refused
 from sae_example import save_sae
 
@@ -72,3 +73,30 @@ def test_a_pickle_is_refused_with_a_command_that_converts_it(place, tmp_path):
 def test_an_id_finds_the_pickle_of_its_layer(tmp_path):
     (tmp_path / "layer0.sae.pt").touch()
     assert "is a pickle" in refused(RequestError, lambda: load_sae(tmp_path, "layer0"))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    for name in ("one", "deep/two"):
+        save_sae(tmp_path / "all" / name)
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "deep" / "again").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "all" / "one")
+    assert places_in(tmp_path / "all") == ["deep/two", "linked", "one"]
+    assert load_sae(tmp_path / "all" / "linked", device="cpu").d_sae == 20
+
+
+def test_a_folder_of_two_formats_is_refused(tmp_path):
+    """One of them would be read, and the other ignored, by the order in which formats are tried."""
+    folder = save_sae(tmp_path / "x")
+    tensors(folder / "ae.safetensors", {"encoder.weight": W.T, "encoder.bias": B, "decoder.weight": V.T, "bias": C})
+    text(folder / "config.json", {"trainer": {"dict_class": "AutoEncoder"}})
+    assert refused(RequestError, lambda: load_sae(folder)) == (
+        f"SAE {str(folder)!r} has files of several formats, sae_weights.safetensors, ae.safetensors; move all but one "
+        "into a folder of their own"
+    )
+
+
+def test_an_id_is_a_text_or_a_path(tmp_path):
+    save_sae(tmp_path / "one")
+    assert load_sae(tmp_path, Path("one"), device="cpu").name == load_sae(tmp_path, "one/", device="cpu").name == "one"
+    assert refused(RequestError, lambda: load_sae(tmp_path)).endswith(" contains one; give its sae_id: one")

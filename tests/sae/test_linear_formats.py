@@ -22,10 +22,12 @@ from formats_example import (
     features,
     largest,
     relu,
+    single,
     tensors,
     text,
 )
 from refusals import refused
+from safetensors.numpy import save_file
 
 from workbench.io.errors import DataError, RequestError
 from workbench.sae.load import load_sae
@@ -41,15 +43,18 @@ def dictionary(folder, dict_class: str, weights: dict, **trainer):
     return written(folder, {"trainer": trainer, "buffer": {}}, weights, "config.json", "ae.safetensors")
 
 
+SPARSIFY = {"encoder.weight": W.T, "encoder.bias": B, "W_dec": V, "b_dec": C}
+
+
 def sparsify(folder, weights: dict | None = None, **config):
-    weights = weights or {"encoder.weight": W.T, "encoder.bias": B, "W_dec": V, "b_dec": C}
+    weights = weights or SPARSIFY
     config = {"activation": "topk", "expansion_factor": 32, "num_latents": D_SAE, "k": K, "d_in": D_IN, **config}
     return written(folder, config, weights, "cfg.json", "sae.safetensors")
 
 
 LINEAR = {"encoder.weight": W.T, "encoder.bias": B, "decoder.weight": V.T}
 CASES = {
-    "AutoEncoder": ({**LINEAR, "bias": C}, lambda: relu((X - C) @ W + B)),
+    "AutoEncoder": ({**LINEAR, "bias": C}, lambda: relu((X - C) @ W + B) * NORM),
     "AutoEncoderNew": ({**LINEAR, "decoder.bias": C}, lambda: relu(X @ W + B)),
     "GatedAutoEncoder": (
         {
@@ -96,7 +101,7 @@ def test_dictionary_learning_saes_encode_as_defined(kind, tmp_path):
     sae = load_sae(folder, device="cpu")
     np.testing.assert_allclose(features(sae), expected(), rtol=1e-4, atol=1e-4)
     assert (sae.site, sae.model_name) == ("blocks.3.hook_resid_post", "gpt2")
-    scale = NORM if kind in ("GatedAutoEncoder", "JumpReluAutoEncoder") else 1
+    scale = NORM if kind in ("AutoEncoder", "GatedAutoEncoder", "JumpReluAutoEncoder") else 1
     decoded = sae.decode(torch.from_numpy(expected().astype(np.float32))).numpy()
     np.testing.assert_allclose(decoded, expected() / scale @ V + C, rtol=1e-3, atol=1e-3)
     assert load_sae(tmp_path, "ae", device="cpu").fingerprint() == sae.fingerprint()
@@ -222,4 +227,64 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "x" / "ae.safetensors").write_bytes(b"short")
     assert refused(DataError, lambda: load_sae(tmp_path / "x")).startswith(
         f"{tmp_path / 'x' / 'ae.safetensors'} is damaged"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part", "message"),
+    [
+        ("AutoEncoder", "encoder.weight", W.T[None], "encoder.weight has the shape (1, 30, 8), expected two axes"),
+        (
+            "AutoEncoder",
+            "decoder.weight",
+            V,
+            "decoder.weight is read as (8, 30), expected (30, 30) for 30 features",
+        ),
+        ("AutoEncoderTopK", "encoder.weight", B, "encoder.weight has the shape (30,), expected two axes"),
+        ("AutoEncoderTopK", "k", np.array([4, 4]), "k has the shape (2,), expected one finite number"),
+        ("AutoEncoderTopK", "k", np.array(np.nan), "k has the value nan, expected one finite number"),
+        ("GatedAutoEncoder", "gate_bias", np.array(1.0), "gate_bias is read as (), expected (30,) for 30 features"),
+        ("GatedAutoEncoder", "mag_bias", M[1:], "mag_bias is read as (29,), expected (30,) for 30 features"),
+        ("JumpReluAutoEncoder", "W_dec", V[1:], "W_dec is read as (29, 8), expected (30, 8) for 30 features"),
+        ("JumpReluAutoEncoder", "b_enc", np.array(0.0), "b_enc is read as (), expected (30,) for 30 features"),
+        ("JumpReluAutoEncoder", "threshold", T[1:], "threshold is read as (29,), expected (30,) for 30 features"),
+        ("MatryoshkaBatchTopKSAE", "b_dec", C[1:], "b_dec is read as (7,), expected (8,) for 30 features"),
+    ],
+)
+def test_weights_of_other_shapes_are_refused_by_their_names_in_the_file(kind, name, part, message, tmp_path):
+    """Before any arithmetic, which would broadcast them or fail in words of torch."""
+    folder = dictionary(tmp_path / "x", kind, {**CASES[kind][0], name: part}, k=K)
+    text = refused(DataError, lambda: load_sae(folder, device="cpu"))
+    assert text.startswith(f"{folder / 'ae.safetensors'}: {message}")
+
+
+def goodfire(folder, weights):
+    return tensors(folder / "m-SAE-l7.safetensors", weights)
+
+
+def openai_topk(folder, weights):
+    return tensors(folder / "7.safetensors", weights, {"activation": "TopK"})
+
+
+@pytest.mark.parametrize(
+    ("write", "weights", "name", "part"),
+    [
+        (sparsify, SPARSIFY, "encoder.weight", B),
+        (openai_topk, {**OPENAI, "k": np.array(K)}, "encoder.weight", B),
+        (openai_topk, {**OPENAI, "k": np.array(K)}, "k", np.array(np.inf)),
+        (goodfire, {**LINEAR, "decoder.bias": C}, "decoder.weight", V.T[None]),
+    ],
+)
+def test_every_format_of_linear_layers_refuses_other_shapes(write, weights, name, part, tmp_path):
+    load_sae(write(tmp_path / "x", weights), device="cpu")
+    damaged = write(tmp_path / "x", {**weights, name: part})
+    assert f": {name} has the " in refused(DataError, lambda: load_sae(damaged, device="cpu"))
+
+
+def test_complex_weights_are_refused(tmp_path):
+    """Their imaginary part would be dropped."""
+    folder = sparsify(tmp_path / "x")
+    save_file({**single(SPARSIFY), "b_dec": (C + 1j).astype(np.complex64)}, folder / "sae.safetensors")
+    assert refused(DataError, lambda: load_sae(folder)) == (
+        f"{folder / 'sae.safetensors'}: b_dec has complex numbers, expected real ones; save or download the SAE again"
     )

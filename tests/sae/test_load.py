@@ -318,3 +318,22 @@ def test_a_threshold_that_is_nan_is_refused(tmp_path):
     set_weights(folder, threshold=np.where(np.arange(20) < 3, np.nan, 1))
     text = refused(DataError, lambda: load_sae(folder))
     assert text == "SAE 'x': 3 of 20 numbers of threshold are NaN; save or download the SAE again"
+
+
+def test_factors_of_features_that_are_missing_are_named(tmp_path):
+    """SAELens 3 to 5 refused such files; today's would decode without them."""
+    folder = save_sae(tmp_path / "old")
+    edit_config(folder, remove=("metadata", "architecture"), finetuning_scaling_factor=True)
+    assert refused(DataError, lambda: load_sae(folder)).startswith(
+        f"{folder / 'cfg.json'}: finetuning_scaling_factor is true, but sae_weights.safetensors has no tensor"
+    )
+    factors = np.arange(1, 21)
+    sae = load_sae(set_weights(folder, scaling_factor=factors), device="cpu")
+    weights = load_file(folder / "sae_weights.safetensors")
+    np.testing.assert_allclose(sae.W_dec.numpy(), weights["W_dec"] * factors[:, None], rtol=1e-6)
+
+
+def test_infinite_biases_of_the_decoder_are_refused(tmp_path):
+    folder = set_weights(save_sae(tmp_path / "one", apply_b_dec_to_input=False), b_dec=np.array([0, np.inf] * 4))
+    message = "SAE 'one': 4 of 8 numbers of b_dec are NaN or infinite; save or download the SAE again"
+    assert refused(DataError, lambda: load_sae(folder, device="cpu")) == message

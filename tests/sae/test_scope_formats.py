@@ -77,7 +77,9 @@ def test_damaged_arrays_are_refused(tmp_path):
     np.savez(folder / "params.npz", **(single(GEMMA) | {"W_enc": np.array([{}], object)}))  # a pickle inside
     assert "allow_pickle=False" in refused(DataError, lambda: load_sae(folder))
     np.savez(folder / "params.npz", **(single(GEMMA) | {"W_enc": np.float32(B)}))
-    assert refused(DataError, lambda: load_sae(folder)).endswith("W_enc has the shape (30,), expected two axes")
+    assert refused(DataError, lambda: load_sae(folder)).endswith(
+        "params.npz: W_enc has the shape (30,), expected two axes; save or download the SAE again"
+    )
 
 
 HOOKS = {

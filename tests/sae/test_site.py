@@ -7,6 +7,7 @@ from formats_example import D_IN, D_SAE, B, C, T, V, W, assert_close, features, 
 from refusals import refused
 from sae_example import encode64, save_sae
 from several_sites import MIDS, Z, part_of, stream_store
+from warned import warned
 
 import workbench as wb
 from workbench.io.errors import RequestError
@@ -126,6 +127,28 @@ def test_a_cross_layer_transcoder_reads_a_site_of_each_layer(store, tmp_path):
     layer_1 = load_sae(tmp_path / "clt", "W_enc_1", device="cpu")
     assert_close(features(layer_1, x[:, 1].numpy()), expected[1])
     assert sae.parts[1].fingerprint() == layer_1.fingerprint()
+
+
+def test_a_layer_that_is_missing_between_others_is_named(tmp_path):
+    """The ids of all later features would be those of other features in the whole set."""
+    for layer in (2, 3, 6):
+        tensors(tmp_path / "set" / f"layer_{layer}.safetensors", LAYER)
+    with warned("SAE 'set' has no file of layer 4, 5; the ids of its features count the layers that are there"):
+        assert load_sae(tmp_path / "set", device="cpu").d_sae == 3 * D_SAE
+
+
+def test_what_layers_of_several_sites_cannot_do_is_refused(store, tmp_path):
+    for layer in (0, 1):
+        tensors(tmp_path / "set" / f"layer_{layer}.safetensors", LAYER)
+    text(tmp_path / "set" / "config.yaml", "model_name: demo\nfeature_input_hook: hook_resid_mid\n")
+    sae = load_sae(tmp_path / "set", device="cpu")
+    made = wb.extract_features(store, sae, out=tmp_path / "features", show_progress=False)
+    message = "SAE 'set' reads several sites of a row; extract the features of one layer"
+    assert refused(RequestError, lambda: wb.feature_contributions(made, sae, 0)) == message
+    message = (
+        "SAE 'set' is a transcoder: it reads one site, writes another, so its features cannot be changed at one row"
+    )
+    assert refused(RequestError, lambda: wb.feature_effect(made, sae, 0)) == message
 
 
 def test_layers_in_another_order_are_named(store, tmp_path):

@@ -170,7 +170,7 @@ def test_another_sparsity_rule_makes_other_features(store, sae, tmp_path):
 
 def test_sparsity_rules_out_of_range_are_refused(store, sae, tmp_path):
     for kind in (TopK, MutualChoice, FeatureChoice):
-        assert refused(RequestError, lambda kind=kind: kind(0)) == "k must be at least 1, not 0"
+        assert refused(RequestError, lambda kind=kind: kind(0)) == "k must be a whole number, at least 1, not 0"
     assert refused(RequestError, lambda: FeatureChoice(1).quotas(3, 20)) == (
         "FeatureChoice: k 1 on 3 rows leaves less than one entry for each of 20 features; k must be at least 7"
     )
@@ -194,7 +194,7 @@ def test_the_command_allocates(store, tmp_path, capsys):
     for extra, message in (
         (["--sparsity", "mutual-choice"], "--sparsity mutual-choice needs a --k"),
         (["--k", "3"], "--sparsity sae takes no --k"),
-        (["--sparsity", "topk", "--k", "0"], "--k must be at least 1, not 0"),
+        (["--sparsity", "topk", "--k", "0"], "--k must be a whole number, at least 1, not 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*command, *extra])

@@ -99,3 +99,25 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     assert message(DataError, LAYER, "activation: [").startswith("/config.yaml is not YAML (")
     assert message(DataError, LAYER, "- a").startswith("/config.yaml: expected an object, found ['a']")
     assert message(DataError, LAYER, "activation: topk").endswith("k is None, expected a whole number above 0")
+
+
+def test_tensors_of_other_shapes_are_refused_by_name(tmp_path):
+    """Before any arithmetic, which would broadcast them or fail in words of torch."""
+    for name, part, message in (
+        ("W_enc", B, "W_enc has the shape (30,), expected two axes"),
+        ("b_enc", np.array(1.0), "b_enc is read as (), expected (30,) for 30 features that write rows of width 8"),
+        ("threshold", T[1:], "threshold is read as (29,), expected (30,) for 30 features that write rows of width 8"),
+        ("k", np.array([3, 4]), "k has the shape (2,), expected one finite number"),
+        ("k", np.array(np.nan), "k has the value nan, expected one finite number"),
+        ("k", np.array(2.5), "k is 2.5, expected a whole number above 0"),
+    ):
+        folder = folder_of(tmp_path / "plt", {**LAYER, name: part})
+        text = refused(DataError, lambda folder=folder: load_sae(folder, "layer_3"))
+        assert text.startswith(f"{folder / 'layer_3.safetensors'}: {message}")
+    path = tmp_path / "clt" / "W_enc_2.safetensors"
+    for encoder, message in (
+        ({"W_enc_2": B, "b_enc_2": B}, "W_enc_2 has the shape (30,), expected two axes"),
+        ({"W_enc_2": W.T, "b_enc_2": C}, "b_enc_2 is read as (8,), expected (30,) for 30 features"),
+    ):
+        tensors(path, encoder)
+        assert refused(DataError, lambda: load_sae(path)).startswith(f"{path}: {message}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.promoted import running_sae
 from workbench.features.queries import text_counts, text_rows
-from workbench.io.checks import check, check_resampling
+from workbench.io.checks import check, check_kind, check_resampling
 from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
@@ -34,7 +35,7 @@ from workbench.model.row_changes import RowFunction, changeable_place
 from workbench.results.bootstrap import intervals, resampled_means
 from workbench.sae.autoencoder import Sae
 from workbench.sae.decoder import extremes
-from workbench.sae.feature_record import Feature
+from workbench.sae.feature_record import Feature, check_changeable
 from workbench.sae.reconstruction import Documents
 from workbench.sae.site import block_rows
 from workbench.sae.spliced_loss import Batch, batch_limit, loss_and_divergence, sequence_batches
@@ -138,7 +139,7 @@ def feature_effect(
             that is never active on text.
     """
     check_resampling(resamples, seed)
-    sae = running_sae(features, sae)
+    check_changeable(sae := running_sae(features, sae))
     counts, chosen_features = _chosen_features(features, feature, op, controls, seed)
     model = recorded_model(features.store, model, device)
     site = features.record.site  # by force: it was chosen when the features were extracted
@@ -198,6 +199,7 @@ def _rows(features: Features, rows: str | Rows | None) -> tuple[Documents, Bool[
     features.store.require_whole_sequences("the effect of a feature on the model")
     store, text = features.store, text_rows(features.store)
     replaced_rows = text
+    check_kind("rows", rows, (str, Rows, NoneType), "SQL or rows, such as store.where('position > 0')")
     if rows is not None:
         chosen_rows = store.where(rows) if isinstance(rows, str) else rows
         replaced_rows = np.zeros(store.rows, bool)

@@ -14,7 +14,7 @@ from workbench.analysis.frozen_norm import norm_bias, read_directions, token_ids
 from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
 from workbench.features.promoted import check_sae, check_writes_residual
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.io.torch_state import plain_torch
 from workbench.model.unembed import Unembed, load_unembed
@@ -72,8 +72,7 @@ def feature_contributions(
     check("row", row, at_least=0, at_most=len(features) - 1, whole=True)
     check_sae(features, sae)
     check_writes_residual(features, sae)
-    if sae.sequential:
-        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
+    _check_adds_up(sae)
     store = features.store
     unembed = load_unembed(store.path)
     last = f"resid_post.{store.manifest.model.n_layers - 1}"
@@ -90,6 +89,14 @@ def feature_contributions(
     ]
     tables = [_table(names, index, token, unembed, k) for index, token in enumerate(ids)]
     return with_names(pd.concat(tables, ignore_index=True).astype({"feature": "Int64"}), features.labels)
+
+
+def _check_adds_up(sae: Sae) -> None:
+    """Refuses an SAE whose features of a row are no terms of its stream."""
+    if sae.n_sites > 1:
+        raise RequestError(f"SAE {sae.name!r} reads several sites of a row; extract the features of one layer")
+    if sae.sequential:
+        raise RequestError(f"SAE {sae.name!r} is temporal: its features alone do not add up to the stream")
 
 
 def _parts(features: Features, sae: Sae, row: int, stream: Float64[Tensor, " d_model"], last: str) -> list[Part]:
@@ -186,4 +193,5 @@ def _table(
 def _token_ids(unembed: Unembed, tokens: str | int | Sequence[str | int] | None, stream: Tensor) -> list[int]:
     if tokens is None:
         return [int(unembed(stream.float()[None])[0].argmax())]
+    check_kind("tokens", tokens, (str, int, np.integer, Sequence, np.ndarray), "tokens, as texts or ids")
     return token_ids(unembed, [tokens] if isinstance(tokens, str | int | np.integer) else list(tokens))

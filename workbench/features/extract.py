@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from workbench.features.index import INDEX_MEMORY
 from workbench.features.merging import merge_segments, write_index
 from workbench.features.records import SaeRecord, SiteFeatures
 from workbench.io import files
-from workbench.io.checks import as_path, check
+from workbench.io.checks import as_path, check, check_kind
 from workbench.io.errors import RequestError
 from workbench.io.tasks import ThisProcess, Workers
 from workbench.io.torch_state import plain_torch
@@ -36,7 +37,7 @@ from workbench.sae.input_rows import Reading, reading_of
 from workbench.sae.layered import LayeredSae
 from workbench.sae.ruled import RULE, RuledSae, ruled_fingerprint, ruled_name
 from workbench.sae.site import matching_site, not_finite
-from workbench.sae.sparsity import SparsityRule, sparsity_record
+from workbench.sae.sparsity import SPARSITY_RULES, SparsityRule, sparsity_record
 from workbench.store.lost_values import lost_values
 from workbench.store.reader import ActivationArray, StoreOrPath
 
@@ -128,6 +129,7 @@ def _check_choices(
 ) -> None:
     """Refuses a wrong type, two rules of sparsity, and two places."""
     check("dtype", dtype, one_of=DTYPES)
+    check_kind("sparsity", sparsity, (NoneType, *SPARSITY_RULES.values()), "a rule, such as TopK(32)")
     if sparsity is not None and isinstance(sae, RuledSae):
         raise RequestError(f"sparsity: SAE {sae.name!r} has a rule; leave sparsity out, or give the SAE alone")
     if out is not None and name is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -301,8 +301,7 @@ class Features:
         Raises:
             RequestError: A feature that does not exist.
         """
-        if not 0 <= feature < self.shape[1]:
-            raise RequestError(f"feature {feature} does not exist; the SAE has features 0 to {self.shape[1] - 1}")
+        self.rows_of(feature)
         return tuple(reading.site for reading in self.record.reads if reading.first <= feature < reading.stop)
 
     def verify(self) -> None:
@@ -361,18 +360,22 @@ class Features:
             sums[group] = feature_sums(values(entries).astype(np.float64), self.counts[group])
         return sums
 
-    def _mask(self, where: str | Rows | Bool[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+    def _mask(self, where: Any) -> Bool[np.ndarray, " row"]:
         if isinstance(where, str):
             where = self.store.where(where)
         if isinstance(where, Rows):
             mask = np.zeros(len(self), bool)
             mask[where.ids_in(self.store)] = True
             return mask
-        if where.shape != (len(self),):
+        check_kind("where", where, (Sequence, np.ndarray, Tensor, pd.Series), "SQL, rows of the store or a mask")
+        mask = np.asarray(where.cpu() if isinstance(where, Tensor) else where)
+        if mask.dtype != bool:  # numbers would select by place
+            raise RequestError(f"where must be SQL, rows of the store or a mask of True and False, not {mask.dtype}")
+        if mask.shape != (len(self),):
             raise RequestError(
-                f"where: a mask of shape {where.shape} does not fit {len(self)} rows; give one value per row"
+                f"where: a mask of shape {mask.shape} does not fit {len(self)} rows; give one value per row"
             )
-        return where
+        return mask
 
     def _row_ids(self, index: Any) -> Int64[np.ndarray, " row"]:
         rows = len(self)

@@ -8,16 +8,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from workbench.corpus.file_rows import SUFFIXES, Columns, file_rows, suffix
+from workbench.corpus.tokenizer import replace_surrogates
 from workbench.features.feature_store import Features, open_features
 from workbench.features.labels import LABELS, labels_table, save_labels
-from workbench.io.checks import as_path
-from workbench.io.errors import RequestError, nearest
+from workbench.io.checks import as_path, check_kind
+from workbench.io.counted import counted
+from workbench.io.errors import RequestError, nearest, shown
 from workbench.io.files import check_writable, natural_order
 from workbench.io.parse import load_json
 from workbench.io.reading import read_file
+from workbench.sae.site import site_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,6 +30,8 @@ _IDS = ("feature", "index", "feature_id", "feature_index", "latent", "latent_id"
 _SOURCES = ("layer", "source", "sae_id", "module")
 """Columns that tell the autoencoders of one file apart."""
 _DELPHI = re.compile(r"(.*?)[_.]?(?:latent|feature)_?(\d+)")
+_LAYER = re.compile(r"^(\d+)-|(?:^|[._])(?:layers?|h|blocks)[._](\d+)(?:[._]|$)")
+"""Layer in the name of an autoencoder: Neuronpedia's 8-res-jb, delphi's model.layers.8.mlp."""
 _NEURONPEDIA = {"explanationModelName": "explained_by", "typeName": "explanation_type"}
 
 _EXPECTED = (
@@ -64,9 +70,10 @@ def import_labels(
             columns that are there already.
         DataError: A damaged file.
     """
+    check_kind("features", features, Features, "opened features, such as wb.open_features('runs/x.acts')")
     path = as_path("path", path)
     check_writable(features.path / LABELS, "features")
-    columns = read_labels(path, features.shape[1], source)
+    columns = read_labels(path, features.shape[1], source, features.record.site)
     saved = features.labels
     twice = [name for name in columns if name in saved.columns]
     if twice and not replace:
@@ -77,8 +84,13 @@ def import_labels(
     return open_features(features.path, features.store)
 
 
-def read_labels(path: Path, features: int, source: str | None = None) -> dict[str, dict[int, Any]]:
-    """Returns the labels in files as values by column and feature; arguments and errors as for `import_labels`."""
+def read_labels(
+    path: Path, features: int, source: str | None = None, site: str | None = None
+) -> dict[str, dict[int, Any]]:
+    """Returns the labels in files as values by column and feature; arguments and errors as for `import_labels`.
+
+    Warns where the files name an autoencoder of another layer than `site`.
+    """
     lines = list(_lines(path))
     if not lines:
         raise RequestError(f"labels: {str(path)!r} has none; {_EXPECTED}")
@@ -93,8 +105,9 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
         raise RequestError(
             f"labels: {str(path)!r} has no source {source!r}, but {_first_names(known)}{nearest(source, known)}"
         )
+    _warn_of_other_layer(known[0] if source is None else source, site)
     columns: dict[str, dict[int, Any]] = {}
-    repeated = 0
+    repeated = replaced = 0
     for place, module, feature, values in lines:
         if source is not None and module != source:
             continue
@@ -106,12 +119,27 @@ def read_labels(path: Path, features: int, source: str | None = None) -> dict[st
         for name, value in values.items():
             if (number := _number(value)) is not None and math.isinf(number):
                 raise RequestError(f"labels: {place}: {name} is {str(value)[:40]}; give a finite number, or none")
+            if isinstance(value, str):  # bytes that are not UTF-8 could not be written or shown
+                value, wrong = replace_surrogates(value)
+                replaced += wrong > 0
             repeated += columns.setdefault(name, {}).setdefault(feature, value) != value
     if not columns:
         raise RequestError(f"labels: {str(path)!r} has numbers of features, but nothing about them; {_EXPECTED}")
+    if replaced:
+        _LOG.warning(f"labels: {counted(replaced, 'text')} not UTF-8 in {str(path)!r}; their bytes are shown as \ufffd")
     if repeated:
         _LOG.warning(f"labels: {repeated:,} further values of labelled features are left out, the first is kept")
     return columns
+
+
+def _warn_of_other_layer(module: str, site: str | None) -> None:
+    named = _LAYER.search(module)
+    layers = [match[1] for name in site_names(site or "") if (match := re.match(r"blocks\.(\d+)\.", name))]
+    if named and layers and (named[1] or named[2]) not in layers:
+        _LOG.warning(
+            f"labels: the files are of {module!r}, and these features of {site}; give the labels of this SAE, or "
+            "ignore this if layers are counted in another way"
+        )
 
 
 def _first_names(names: list[str]) -> str:
@@ -175,6 +203,11 @@ def _delphi_values(file: Path, value: Any) -> dict[str, Any]:
     if (final := _number(examples[0].get("final_score"))) is not None:
         return {name: final}
     known = [(_first(example, "activating", "ground_truth"), example.get("prediction")) for example in examples]
+    if wrong := [pair for pair in known if any(not isinstance(part, bool | int | float | NoneType) for part in pair)]:
+        raise RequestError(
+            f"labels: {str(file)!r}: an example has {shown(wrong[0])} as truth and prediction, expected True or False; "
+            "run delphi again"
+        )
     pairs = [(bool(truth), float(guess) >= 0.5) for truth, guess in known if truth is not None and guess is not None]
     return _scores(name, pairs) if pairs else {}  # none where all requests of delphi failed
 
@@ -211,16 +244,20 @@ def _row(place: str, row: Any) -> Iterator[_Line]:
     if not isinstance(row, dict):
         raise RequestError(f"{place}: no object with the number of a feature; {_EXPECTED}")
     lowered = {str(name).strip().lower(): name for name in row}
+    named = [_name(name) for name in row]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise RequestError(f"{place}: two columns are called {twice[0]!r}; rename one")
     column = next((lowered[name] for name in _IDS if name in lowered), None)
     if column is None:
         raise RequestError(
             f"{place}: no column {_first_names(list(_IDS))}, but {_first_names(list(map(str, row)))}; rename one"
         )
-    feature = row[column]
+    feature = row[column].strip() if isinstance(row[column], str) else row[column]
     if isinstance(feature, float) and feature.is_integer():
         feature = int(feature)
     if not re.fullmatch(r"\d{1,18}", str(feature)) or isinstance(feature, bool):
-        raise RequestError(f"{place}: {column} is {str(feature)[:40]!r}, no number of a feature; give a whole number")
+        found = "empty" if feature is None or feature == "" else repr(str(feature)[:40])
+        raise RequestError(f"{place}: {column.strip()} is {found}, no number of a feature; give a whole number")
     module = str(_first(row, *(lowered[name] for name in _SOURCES if name in lowered)) or "")
     of_neuronpedia = "modelId" in row or isinstance(row.get("explanations"), list)
     explanations = row.get("explanations")

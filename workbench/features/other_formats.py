@@ -24,7 +24,7 @@ from workbench.features.index import entry_rows
 from workbench.features.promoted import check_sae, check_writes_residual
 from workbench.features.queries import Context, feature_contexts, feature_histogram
 from workbench.io import files
-from workbench.io.checks import as_path, whole_number
+from workbench.io.checks import as_path, check_kind, whole_number
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.tensors import new_arrays
@@ -168,7 +168,7 @@ def export_neuronpedia(
         features: The features.
         sae: The SAE that made them.
         out: A folder without batches.
-        ids: Ids of the features. None: all that are active.
+        ids: Ids of the features; each is written once. None: all that are active.
         sae_set: Name of the set on Neuronpedia. None: the SAE's name.
         k: Number of contexts per feature.
         context: Number of tokens on either side.
@@ -206,10 +206,13 @@ def export_neuronpedia(
 
 
 def _checked_ids(features: Features, ids: Sequence[int] | None) -> Int64[np.ndarray, " id"]:
-    chosen = np.flatnonzero(features.counts) if ids is None else np.asarray(ids, np.int64)
-    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < features.shape[1]:
-        raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {chosen.max()}")
-    return chosen
+    if ids is None:
+        return np.flatnonzero(features.counts)
+    for number in ids:
+        check_kind("ids", number, (int, np.integer), "numbers of features")
+        if not 0 <= number < features.shape[1]:
+            raise RequestError(f"ids: the SAE has features 0 to {features.shape[1] - 1}, not {number}")
+    return np.array(list(dict.fromkeys(map(int, ids))), np.int64)
 
 
 def _check_one_site(features: Features, sae: Sae) -> None:
@@ -292,7 +295,7 @@ def _rectangle(
     features: Features,
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " row"], Int[np.ndarray, "sequence position"]]:
     """Sequence number and position of each row, and the token ids of all sequences in one padded array."""
-    features.store.require_whole_sequences("an export with the texts of whole sequences")
+    features.store.require_whole_sequences("an export for delphi")
     table = features.store.tokens
     ids, sequence = table["token_id"].to_numpy(), table["sequence"].to_numpy()
     begins = np.append(True, sequence[1:] != sequence[:-1])[: len(sequence)]

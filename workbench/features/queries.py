@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from workbench.features import index
 from workbench.features.feature_store import Features
 from workbench.features.labels import with_names
-from workbench.io.checks import check, whole_number
-from workbench.io.errors import RequestError, nearest
+from workbench.io.checks import check, check_kind, whole_number
+from workbench.io.errors import RequestError, nearest, shown
 from workbench.store.reader import Rows, Store
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -61,6 +61,7 @@ def feature_quantiles(
     Raises:
         RequestError: A quantile outside 0 to 1.
     """
+    check_kind("quantiles", quantiles, (Sequence, np.ndarray), "numbers from 0 to 1, such as (0.1, 0.9)")
     for quantile in quantiles:
         check("quantiles", quantile, at_least=0, at_most=1)
     values = np.full((features.shape[1], len(quantiles)), np.nan)
@@ -149,6 +150,7 @@ def active_rows(features: Features, feature: int | np.integer, above: float | in
         RequestError: A feature that does not exist.
     """
     rows, values = features.rows_of(feature)
+    check("above", above, above=-np.inf, below=np.inf, optional=True)
     if above is not None:
         rows = rows[: int(np.searchsorted(-values.astype(np.float64), -above))]
     return Rows(features.store, rows.astype(np.int64))
@@ -278,6 +280,8 @@ def label_columns(store: Store, labels: str | Sequence[str] | Mapping[str, Any] 
     """Returns name -> one value per row, of columns of the token table or of the labels given; see `best_features`."""
     tokens = store.tokens
     known = tokens.column_names
+    if labels is not None and not len(labels):
+        raise RequestError("labels is empty; name columns of the token table, or give values")
     if isinstance(labels, Mapping):
         return {name: _given_column(name, values, store.rows) for name, values in labels.items()}
     if labels is None:
@@ -294,12 +298,17 @@ def label_columns(store: Store, labels: str | Sequence[str] | Mapping[str, Any] 
 
 
 def _given_column(name: str, values: Any, rows: int) -> pa.Array:
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise RequestError(f"labels: {name} is {shown(values)}; give a list or array of one value per row")
     if len(values) != rows:
         raise RequestError(f"labels: {name} has {len(values)} values for {rows} rows; give one per row")
     try:
-        return pa.array(values, from_pandas=True)
+        array = pa.array(values, from_pandas=True)
     except pa.ArrowException as error:
         raise RequestError(f"labels: the values of {name} have several types: {str(error).splitlines()[0]}") from None
+    if pa.types.is_nested(array.type):
+        raise RequestError(f"labels: a value of {name} is {array.type}; give one number or text per row")
+    return array
 
 
 def coded_labels(

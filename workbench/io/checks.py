@@ -241,6 +241,6 @@ def _range(
     words = [
         f"{word} {limit}"
         for word, limit in (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
-        if limit is not None and limit != math.inf
+        if limit is not None and not math.isinf(limit)
     ]
     return " and ".join([*words, "finite"] if below == math.inf else words)

@@ -258,7 +258,9 @@ def _features(sae: Sae | None, site: str | Sequence[str] | None, dtype: str, for
             raise RequestError("sae_site and sae_force are for sae; give it too")
         return None
     from workbench.features.while_recording import RecordedFeatures  # takes seconds: SAELens
+    from workbench.sae.autoencoder import check_autoencoder
 
+    check_autoencoder(sae)
     return RecordedFeatures(sae, site, dtype, force)
 
 

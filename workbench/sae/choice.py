@@ -34,7 +34,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        check_fields(self, "k", at_least=1)
+        check_fields(self, "k", at_least=1, whole=True)
 
 
 @dataclass(frozen=True)

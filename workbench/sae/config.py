@@ -78,6 +78,33 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
     _check_values(config, kind, source)
 
 
+def check_metadata(metadata: Mapping[str, Any], source: object) -> None:
+    """Refuses what files record of a training where it is of another type, and would fail where it is used.
+
+    Raises:
+        DataError: Names the key, what it is, and what is expected.
+    """
+    for name, (kind, expected) in _METADATA.items():
+        value = metadata.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise DataError(f"{source}: metadata.{name} is {shown(value)}, expected {expected}; correct its settings")
+    if (number := metadata.get("n_sites")) is not None and number < 1:
+        raise DataError(f"{source}: metadata.n_sites is {number}, expected a number from 1 on; correct its settings")
+    names = metadata.get("hook_names")
+    if names and (len(names) != (metadata.get("n_sites") or 1) or not all(isinstance(site, str) for site in names)):
+        raise DataError(
+            f"{source}: metadata.hook_names is {shown(names)}, expected as many names as n_sites, "
+            f"{metadata.get('n_sites') or 1}; correct its settings"
+        )
+
+
+_METADATA: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(("hook_name", "hook_name_out", "model_name"), (str, "a text")),
+    **dict.fromkeys(("n_sites", "hook_head_index"), (int, "a whole number")),
+    "hook_names": ((list, tuple), "a list of names"),
+}
+
+
 def loaded_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that SAELens must see in place of those in the file.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from workbench.io.checks import whole_number
+from workbench.io.checks import check_kind, whole_number
 from workbench.io.errors import RequestError
 from workbench.model.unembed import Unembed
 from workbench.sae.autoencoder import Sae, not_defined
@@ -38,6 +38,8 @@ def decoder_directions(
         RequestError: A feature id outside 0 to d_sae - 1.
         DataError: A direction with NaN or infinite values.
     """
+    for feature in features if features is not None else ():
+        check_kind("feature", feature, (int, np.integer), "the number of one")
     ids = list(range(sae.d_sae)) if features is None else [int(feature) for feature in features]
     if wrong := [feature for feature in ids if not 0 <= feature < sae.d_sae]:
         raise RequestError(f"feature {wrong[0]} does not exist; the SAE has features 0 to {sae.d_sae - 1}")

@@ -7,16 +7,17 @@ from functools import partial
 from math import inf, prod
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.io.checks import check
+from workbench.io.checks import check, check_kind
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.model.row_changes import Change, ChosenRows, Place, RowIntervention
 from workbench.model.token_choice import At
-from workbench.sae.autoencoder import Sae
+from workbench.sae.autoencoder import Sae, check_autoencoder
 from workbench.sae.decoder import decoder_directions, row_scale
 from workbench.sae.site import block_rows, check_trained_on
 from workbench.sae.training import check_training
@@ -46,6 +47,7 @@ class Feature(RowIntervention):
     @property
     def place(self) -> str:
         """Name of the site. RequestError if neither the record nor the SAE's files have it."""
+        check_autoencoder(self.sae)
         if self.site is None and self.sae.site is None:
             raise RequestError(f"site: the files of SAE {self.sae.name!r} do not record its site; give site=")
         return self.site or str(self.sae.site)
@@ -71,10 +73,7 @@ class Feature(RowIntervention):
 
     def _check_site(self, model: Model, place: Place) -> None:
         sae, site = self.sae, place.site
-        if sae.sequential or not sae.reconstructs:
-            kind = "temporal" if sae.sequential else "a transcoder"
-            reason = "its features depend on earlier tokens" if sae.sequential else "it reads one site, writes another"
-            raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
+        check_changeable(sae)
         check_training(sae, site.name, model.architecture)
         if (width := prod(place.shape)) != sae.d_in:
             raise RequestError(
@@ -89,7 +88,23 @@ class Feature(RowIntervention):
         return f"{self.op} feature {self.id}{value}"
 
 
+def check_changeable(sae: Sae) -> None:
+    """Raises RequestError for an SAE whose features cannot be changed in a row of one site."""
+    if sae.sequential:
+        kind, reason = "temporal", "its features depend on earlier tokens"
+    elif not sae.reconstructs:
+        kind, reason = "a transcoder", "it reads one site, writes another"
+    elif sae.n_sites > 1:
+        kind, reason = "a crosscoder", "it reads and writes several sites"
+    else:
+        return
+    raise RequestError(f"SAE {sae.name!r} is {kind}: {reason}, so its features cannot be changed at one row")
+
+
 def _number(value: float | int | Tensor) -> float:
+    check_kind("value", value, (int, float, np.number, Tensor), "a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RequestError(f"value is a tensor of shape {tuple(value.shape)}; give one number")
     return float(torch.as_tensor(value).detach())
 
 

@@ -59,6 +59,17 @@ def converter(place: Path) -> Callable[[], Converted] | None:
     return None
 
 
+def check_one_format(place: Path) -> None:
+    """Raises RequestError for a folder with the weights of several formats, of which one would be read by chance."""
+    if place.is_dir():
+        found = [name for name in (WEIGHTS, *_OF_FOLDERS) if (place / name).is_file()]
+        if len(found) > 1:
+            raise RequestError(
+                f"SAE {str(place)!r} has files of several formats, {', '.join(found)}; move all but one into a folder "
+                "of their own"
+            )
+
+
 def is_place(path: Path) -> bool:
     """Returns True if a path is a folder or file from which one autoencoder can be read, by the names of its files."""
     if path.is_dir():
@@ -86,6 +97,15 @@ def layers_of(folder: Path) -> list[Path]:
         return []
     numbered = {int(match[1]): path for path in folder.iterdir() if (match := _PARAMS.fullmatch(path.name))}
     return [numbered[layer] for layer in sorted(numbered)] or layer_files(folder)
+
+
+def missing_layers(files: list[Path]) -> list[str]:
+    """Returns the numbers that are left out between the first and the last of files that are numbered by layer."""
+    matches = [re.search(r"_(\d+)\.safetensors", file.name) for file in files]
+    numbers = [int(match[1]) for match in matches if match]
+    if len(set(numbers)) < len(files):  # as a config lists them
+        return []
+    return [str(number) for number in range(min(numbers), max(numbers)) if number not in numbers]
 
 
 def place_of(folder: Path, sae_id: str | None) -> Path:
@@ -162,10 +182,14 @@ def _spellings(sae_id: str) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it."""
-    count, waiting = 0, [(folder, 0)]
+    """Folders, safetensors files and pickles below a folder; what is inside of a place is a part of it.
+
+    A link to a folder above it leads nowhere new.
+    """
+    count = 0
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, (folder.resolve(),))]
     while waiting:
-        parent, depth = waiting.pop()
+        parent, above = waiting.pop()
         try:
             entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
         except OSError:
@@ -176,8 +200,10 @@ def _walk(folder: Path) -> Iterator[Path]:
             if count > _MOST:
                 return
             if entry.is_dir():
+                if (real := path.resolve()) in above:
+                    continue
                 yield path
-                if depth < _DEEPEST and not entry.name.startswith(".") and not is_place(path):
-                    waiting.append((path, depth + 1))
+                if len(above) <= _DEEPEST and not entry.name.startswith(".") and not is_place(path):
+                    waiting.append((path, (*above, real)))
             elif path.suffix == ".safetensors" or _PICKLE.fullmatch(path.name):
                 yield path

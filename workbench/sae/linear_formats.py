@@ -12,20 +12,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workbench.io.errors import DataError, RequestError, shown
 from workbench.io.tensors import open_safetensors
 from workbench.sae.config import check_count
 from workbench.sae.conversion import (
     AGAIN,
     Converted,
+    check_axes,
     check_none_left,
     check_shape,
+    check_shapes,
     converted,
     last_match,
     read_object,
     read_tensors,
     take,
+    take_weights,
     tensor_names,
+    whole,
 )
 
 SPARSIFY, DICTIONARY = "sae.safetensors", "ae.safetensors"
@@ -52,6 +58,7 @@ _GOODFIRE = {"encoder_linear.weight", "encoder_linear.bias", "decoder_linear.wei
 _LINEARS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
 _OPENAI = {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight"}
 _QWEN = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_MATRICES = ("W_enc", "W_dec")
 
 
 def sparsify(folder: Path) -> Converted:
@@ -75,12 +82,8 @@ def sparsify(folder: Path) -> Converted:
     d_in, k, latents = (config.pop(name, None) for name in ("d_in", "k", "num_latents"))
     if unknown := sorted(config.keys() - _SPARSIFY_TRAINING):
         raise DataError(f"{source}: unknown sparsify setting {unknown[0]!r}, which may change the features")
-    weights = {
-        "W_enc": take(tensors, "encoder.weight", folder / SPARSIFY).T.contiguous(),
-        "b_enc": take(tensors, "encoder.bias", folder / SPARSIFY),
-        "W_dec": take(tensors, "W_dec", folder / SPARSIFY),
-        "b_dec": take(tensors, "b_dec", folder / SPARSIFY),
-    }
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+    weights = take_weights(tensors, names, folder / SPARSIFY, transposed=["W_enc"])
     tensors.pop("W_skip", None)  # part of a transcoder's output, which is not computed here
     check_none_left(tensors, folder / SPARSIFY)
     check_shape(source, weights["W_enc"], d_in, latents or None)
@@ -117,24 +120,22 @@ def dictionary_learning(folder: Path) -> Converted:
         )
     architecture, names, subtracted, scaled = _DICTIONARIES[kind]
     tensors = read_tensors(path)
-    weights = {name: take(tensors, source_name, path) for name, source_name in names.items()}
-    for name in ("W_enc", "W_dec"):
-        if names[name].endswith(".weight"):  # nn.Linear stores (out, in)
-            weights[name] = weights[name].T.contiguous()
+    of_linear = [name for name in ("W_enc", "W_dec") if names[name].endswith(".weight")]  # stored as (out, in)
+    weights = take_weights(tensors, names, path, transposed=of_linear)
     settings: dict[str, Any] = {"apply_b_dec_to_input": subtracted}
     k = tensors.pop("k", None)
     if architecture == "topk":
         settings["k"] = check_count(source, "trainer.k", trainer.get("k"))
-        if k is not None and int(k) != settings["k"]:
-            raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {int(k)}")
+        if k is not None and (stored := whole(path, "k", k)) != settings["k"]:
+            raise DataError(f"{source}: trainer.k is {settings['k']}, but {path.name} has k {stored}")
         tensors.pop("threshold", None)  # this class encodes by k
     if "threshold" in weights and weights["threshold"].ndim == 0:
         weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1]).clone()
     tensors.pop("group_sizes", None)  # for nested training losses; encoding uses all groups
     check_none_left(tensors, path)
     check_shape(source, weights["W_enc"], trainer.get("activation_dim"), trainer.get("dict_size"))
-    if scaled:  # features are multiplied by the decoder's norms, and the decoder divided by them
-        norm = weights["W_dec"].norm(dim=1)
+    norm = weights["W_dec"].norm(dim=1)
+    if scaled and not torch.allclose(norm, torch.ones_like(norm)):
         for name in weights.keys() & {"W_enc", "b_enc", "b_gate", "b_mag", "threshold"}:
             weights[name] = weights[name] * norm
         weights["W_dec"] = weights["W_dec"] / norm[:, None]
@@ -157,7 +158,7 @@ _GATED = {
     "r_mag": "r_mag",
 }
 _DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
-    "AutoEncoder": ("standard", _LINEAR | {"b_dec": "bias"}, True, False),
+    "AutoEncoder": ("standard", _LINEAR | {"b_dec": "bias"}, True, True),
     "AutoEncoderNew": ("standard", _LINEAR | {"b_dec": "decoder.bias"}, False, False),
     "GatedAutoEncoder": ("gated", _GATED, True, True),
     "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold": "threshold"}, False, True),
@@ -166,7 +167,7 @@ _DICTIONARIES: dict[str, tuple[str, dict[str, str], bool, bool]] = {
     "MatryoshkaBatchTopKSAE": ("jumprelu", _PLAIN | {"threshold": "threshold"}, True, False),
 }
 """dict_class -> (architecture, names of its tensors, whether b_dec is subtracted from the input, whether features are
-multiplied by the decoder's norms)."""
+multiplied by the norms of the decoder's rows, as the class or its `from_pretrained` does)."""
 
 
 def _crosscoder(source: Path, path: Path, trainer: dict[str, Any]) -> Converted:
@@ -175,13 +176,17 @@ def _crosscoder(source: Path, path: Path, trainer: dict[str, Any]) -> Converted:
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"}
     weights = {name: take(tensors, stored, path) for name, stored in names.items()}
     check_none_left(tensors, path)
-    if weights["W_enc"].ndim != 3 or weights["W_dec"].shape != weights["W_enc"].transpose(1, 2).shape:
-        raise DataError(f"{path}: encoder.weight has the shape {tuple(weights['W_enc'].shape)}, expected three axes")
+    for name in ("W_enc", "W_dec"):
+        check_axes(path, names[name], weights[name], 3)
+    if weights["W_dec"].shape != weights["W_enc"].transpose(1, 2).shape:
+        shapes = [tuple(weights[name].shape) for name in ("W_dec", "W_enc")]
+        raise DataError(f"{path}: decoder.weight {shapes[0]} does not fit encoder.weight {shapes[1]}; {AGAIN}")
     sites, width, features = weights["W_enc"].shape
     check_shape(source, weights["W_enc"][0], trainer.get("activation_dim"), trainer.get("dict_size"))
     weights["W_enc"] = weights["W_enc"].reshape(sites * width, features)
     weights["W_dec"] = weights["W_dec"].transpose(0, 1).reshape(features, sites * width).contiguous()
     weights["b_dec"] = weights["b_dec"].flatten()
+    check_shapes(path, weights, names)
     metadata = {"model_name": trainer.get("lm_name"), "n_sites": sites}
     return converted("standard", weights, {"apply_b_dec_to_input": False}, metadata)
 
@@ -212,13 +217,10 @@ def _openai(path: Path) -> Converted:
     tensors = read_tensors(path)
     with open_safetensors(path, AGAIN) as file:
         about = file.metadata() or {}
-    weights = {
-        "W_enc": take(tensors, "encoder.weight", path).T.contiguous(),
-        "b_enc": take(tensors, "latent_bias", path),
-        "W_dec": take(tensors, "decoder.weight", path).T.contiguous(),
-        "b_dec": take(tensors, "pre_bias", path),
-    }
+    names = {"W_enc": "encoder.weight", "b_enc": "latent_bias", "W_dec": "decoder.weight", "b_dec": "pre_bias"}
+    weights = take_weights(tensors, names, path, transposed=_MATRICES)
     k = tensors.pop("k", None)
+    k = None if k is None else whole(path, "k", k)
     for name in _OPENAI_TRAINING:
         tensors.pop(name, None)
     check_none_left(tensors, path)
@@ -236,7 +238,7 @@ def _openai(path: Path) -> Converted:
     settings: dict[str, Any] = {"apply_b_dec_to_input": True}
     if activation == "ReLU":
         return converted("standard", weights, settings, metadata)
-    settings |= {"k": check_count(path, "k", None if k is None else int(k)), "normalize_activations": "layer_norm"}
+    settings |= {"k": check_count(path, "k", k), "normalize_activations": "layer_norm"}
     return converted("topk", weights, settings, metadata)
 
 
@@ -244,12 +246,9 @@ def _goodfire(path: Path) -> Converted:
     """f = relu(encoder(x)); b_dec is not subtracted."""
     tensors = read_tensors(path)
     suffix = "_linear" if "encoder_linear.weight" in tensors else ""
-    weights = {
-        "W_enc": take(tensors, f"encoder{suffix}.weight", path).T.contiguous(),
-        "b_enc": take(tensors, f"encoder{suffix}.bias", path),
-        "W_dec": take(tensors, f"decoder{suffix}.weight", path).T.contiguous(),
-        "b_dec": take(tensors, f"decoder{suffix}.bias", path),
-    }
+    parts = {"W_enc": "encoder{}.weight", "b_enc": "encoder{}.bias", "W_dec": "decoder{}.weight"}
+    names = {name: stored.format(suffix) for name, stored in (parts | {"b_dec": "decoder{}.bias"}).items()}
+    weights = take_weights(tensors, names, path, transposed=_MATRICES)
     metadata: dict[str, Any] = {}
     if layer := _layer_of(path):
         metadata = {"model_name": layer[1], "hook_name": f"blocks.{layer[2]}.hook_resid_post"}
@@ -262,12 +261,7 @@ def _qwen(path: Path) -> Converted:
     release = last_match(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", path.parent)
     if release is None:
         raise RequestError(f"{path} does not record k; give its folder the release's name, SAE-Res-MODEL-WnnK-L0_k")
-    weights = {
-        "W_enc": take(tensors, "W_enc", path).T.contiguous(),
-        "b_enc": take(tensors, "b_enc", path),
-        "W_dec": take(tensors, "W_dec", path).T.contiguous(),
-        "b_dec": take(tensors, "b_dec", path),
-    }
+    weights = take_weights(tensors, {name: name for name in _QWEN}, path, transposed=_MATRICES)
     settings = {"k": check_count(path, "k", int(release[2])), "apply_b_dec_to_input": False}
     metadata = {
         "model_name": f"Qwen/{release[1]}",

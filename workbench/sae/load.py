@@ -28,16 +28,18 @@ from workbench.io.torch_state import plain_torch, usable_device
 from workbench.model.checkpoint import quietly
 from workbench.model.location import folders
 from workbench.sae.autoencoder import Sae
-from workbench.sae.config import check_settings, ignored_settings, loaded_metadata
+from workbench.sae.config import check_metadata, check_settings, ignored_settings, loaded_metadata
 from workbench.sae.conversion import AGAIN, Converted, converted, read_object, read_tensors, tensor_names
 from workbench.sae.folding import SCALER, UNFOLDED, folded, scaled
 from workbench.sae.formats import (
     CONFIG,
     WEIGHTS,
+    check_one_format,
     converter,
     is_place,
     layers_of,
     listed,
+    missing_layers,
     pickled,
     pickles_in,
     place_of,
@@ -53,7 +55,10 @@ _LOG = logging.getLogger(__name__)
 
 @plain_torch()
 def load_sae(
-    name: str | os.PathLike[str], sae_id: str | None = None, *, device: str | torch.device | None = None
+    name: str | os.PathLike[str],
+    sae_id: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> Sae:
     """Loads a sparse autoencoder in float32.
 
@@ -70,6 +75,8 @@ def load_sae(
         DataError: Files that are damaged or do not fit each other.
     """
     as_path("name", name)
+    if sae_id is not None:
+        sae_id = os.fspath(as_path("sae_id", sae_id))
     device, text = usable_device(device), os.fspath(name)
     if text == embedded.NAME:
         return _load_place(_demo_directory(), embedded.NAME, device)
@@ -100,6 +107,7 @@ def _demo_directory() -> Path:
 def _checked_place(path: Path, sae_id: str | None) -> Path:
     """The folder or file of one autoencoder; RequestError where there is none, or there are several."""
     place = place_of(path, sae_id)
+    check_one_format(place)
     if not place.exists():
         close = nearest(str(sae_id), ids := places_in(path)) or (f"; it has {listed(ids)}" if ids else "")
         raise RequestError(f"sae_id {sae_id!r}: no such folder in {str(path)!r}{close}")
@@ -110,7 +118,8 @@ def _checked_place(path: Path, sae_id: str | None) -> Path:
     if not (place / CONFIG).is_file() and converter(place) is None and not layers_of(place):
         ids = places_in(place)
         if ids and sae_id is None:
-            raise RequestError(f"SAE {str(path)!r} contains several; choose one with sae_id: {listed(ids)}")
+            several = "several; choose one with sae_id" if len(ids) > 1 else "one; give its sae_id"
+            raise RequestError(f"SAE {str(path)!r} contains {several}: {listed(ids)}")
         if ids:
             raise RequestError(
                 f"sae_id {sae_id!r} contains several; choose one: {listed([f'{sae_id}/{i}' for i in ids])}"
@@ -141,12 +150,17 @@ def _load_place(place: Path, name: str, device: torch.device) -> Sae:
     if foreign := converter(place):
         return _inference_sae(from_converted(foreign(), place, device), name)
     if not (place / CONFIG).is_file() and (files := layers_of(place)):
+        if missing := missing_layers(files):
+            _LOG.warning(
+                f"SAE {name!r} has no file of layer {listed(missing)}; the ids of its features count the layers that "
+                "are there, so those of the whole differ: download the others, or use features.sites"
+            )
         return layered([_load_place(file, file.stem, device) for file in files], name)
     settings = read_object(place / CONFIG)
     check_settings(settings, place / CONFIG)
     overrides = loaded_metadata(settings)
     try:
-        if weights := _weights_in_memory(place):
+        if weights := _weights_in_memory(place, settings):
             settings |= overrides
             if "scaling_factor" in weights:
                 weights = scaled(settings, weights, place)
@@ -175,13 +189,20 @@ def _reader(overrides: Mapping[str, Any]) -> Callable[..., Any]:
     return read
 
 
-def _weights_in_memory(place: Path) -> dict[str, Tensor] | None:
+def _weights_in_memory(place: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The weights of a folder that SAELens would not read as they are: several files, or factors of features."""
     if not (place / WEIGHTS).exists():
         shards = sorted(place.glob("*-of-*.safetensors"))
         return {name: part for shard in shards for name, part in read_tensors(shard).items()} or None
     check_regular(place / WEIGHTS, AGAIN)
-    return read_tensors(place / WEIGHTS) if "scaling_factor" in tensor_names(place / WEIGHTS) else None
+    if "scaling_factor" in tensor_names(place / WEIGHTS):
+        return read_tensors(place / WEIGHTS)
+    if settings.get("finetuning_scaling_factor"):
+        raise DataError(
+            f"{place / CONFIG}: finetuning_scaling_factor is true, but {WEIGHTS} has no tensor 'scaling_factor', "
+            f"by which the decoder would be multiplied; {AGAIN}"
+        )
+    return None
 
 
 def from_converted(converted: Converted, folder: Path | str, device: torch.device) -> SAE[Any]:
@@ -250,12 +271,16 @@ def _noting(release: str, raw: list[dict[str, Any]]) -> Callable[..., Any]:
 
 def _inference_sae(module: SAE[Any], name: str) -> Sae:
     sae = Sae(module.eval().requires_grad_(False), name)
+    check_metadata(sae.metadata, f"SAE {name!r}")
     k = getattr(module.cfg, "k", None)
     if isinstance(k, int) and k > sae.d_sae:
         raise DataError(f"SAE {name!r}: k is {k}, but it has only {sae.d_sae} features; correct its settings")
     for weights, part in module.named_parameters():
-        if part.ndim == 1 and (undefined := int(part.isnan().sum())):
-            raise DataError(f"SAE {name!r}: {undefined} of {len(part)} numbers of {weights} are NaN; {AGAIN}")
+        if part.ndim != 1:
+            continue
+        wrong, words = (~part.isfinite(), "NaN or infinite") if weights == "b_dec" else (part.isnan(), "NaN")
+        if undefined := int(wrong.sum()):
+            raise DataError(f"SAE {name!r}: {undefined} of {len(part)} numbers of {weights} are {words}; {AGAIN}")
     if module.cfg.normalize_activations in UNFOLDED:
         _LOG.warning(
             f"SAE {name!r} was trained with {module.cfg.normalize_activations}, whose constants are not in its files "

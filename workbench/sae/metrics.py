@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64
 
-from workbench.io.checks import check_resampling
+from workbench.io.checks import check_kind, check_resampling
 from workbench.io.errors import RequestError
 from workbench.io.saving import save_texts
 from workbench.io.spreadsheet import csv_text
@@ -23,7 +24,7 @@ from workbench.sae.reconstruction import Documents, fit, ratio_intervals
 from workbench.sae.site import matching_site
 from workbench.sae.spliced_loss import SplicedLoss, spliced_ratios
 from workbench.store.lost_values import FiniteRows, finite_rows
-from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath, opened
+from workbench.store.reader import ActivationArray, Rows, Store, StoreOrPath
 
 _FAR = 25.0  # times the median of |x - x̄|²
 _LOSSES = ("loss_clean", "loss_spliced", "loss_zeroed", "kl_spliced", "kl_zeroed")  # in the order of `SplicedLoss`
@@ -128,14 +129,14 @@ def sae_metrics(
         seed: Random seed of the resamples.
 
     Raises:
-        RequestError: As `extract_features`; a transcoder, whose output is another site than its input; a temporal SAE,
-            whose features are a residual of a prediction; no rows; another model than the store's; a site that cannot
-            be replaced.
+        RequestError: As `extract_features`; a transcoder or temporal SAE, whose features do not reconstruct the rows;
+            no rows; another model than the store's; a site that cannot be replaced.
     """
     check_resampling(resamples, seed)
-    array = matching_site(store := opened(store), sae, site, force=force)
+    check_kind("model", model, (Model, NoneType), "a loaded model, such as wb.load_model('demo')")
+    array = matching_site(store, sae, site, force=force)
     finite = _evaluated_rows(array, sae, rows, allow_nonfinite)
-    documents = Documents.of(store.tokens["document"].to_numpy(), finite.rows)
+    documents = Documents.of(array.store.tokens["document"].to_numpy(), finite.rows)
     tokens, spliced = (0, {}) if model is None else spliced_ratios(array, sae, model, documents)
     ratios, counts, spread = fit(array, sae, documents)
     intervals = ratio_intervals(ratios | spliced, resamples, seed)
@@ -145,7 +146,7 @@ def sae_metrics(
         documents.count,
         **{name: interval.mean for name, interval in fitted.items()},
         loss=SplicedLoss(tokens, *(intervals[name].mean for name in _LOSSES)) if spliced else None,
-        notes=(*finite.notes, *_massive_rows(store, documents.ids, spread)),
+        notes=(*finite.notes, *_massive_rows(array.store, documents.ids, spread)),
         intervals=fitted | intervals,
         density=counts.table(),
     )

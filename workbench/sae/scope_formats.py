@@ -27,15 +27,17 @@ from workbench.sae.config import check_count
 from workbench.sae.conversion import (
     AGAIN,
     Converted,
-    check_matrices,
     check_none_left,
     check_shape,
+    check_shapes,
     converted,
     last_match,
     number,
+    one_number,
     read_object,
     read_tensors,
     take,
+    take_weights,
 )
 
 GEMMA, GEMMA_2 = "params.npz", "params.safetensors"
@@ -105,7 +107,7 @@ def gemma_scope_2(folder: Path, file: str = GEMMA_2) -> Converted:
     weights = {name: take(tensors, name.lower(), path) for name in _GEMMA_TENSORS if not (several and name == "W_dec")}
     skip = tensors.pop("affine_skip_connection", None)
     check_none_left(tensors, path)
-    check_matrices(path, weights)
+    check_shapes(path, weights)
     metadata: dict[str, Any] = _TRAINED | {"model_name": _gemma_3_name(config.get("model_name"))}
     index = int(match[1]) if (match := re.search(r"params_layer_(\d+)", file)) else None
     site, output = (_hf_site(config.get(f"hf_hook_point_{end}"), index) for end in ("in", "out"))
@@ -176,7 +178,7 @@ def lm_saes(folder: Path) -> Converted:
     tensors = read_tensors(path)
     prefix = "dataset_average_activation_norm."
     names = [name for name in tensors if name.startswith(prefix)]
-    norms = {name.removeprefix(prefix): float(tensors.pop(name)) for name in names}
+    norms = {name.removeprefix(prefix): one_number(path, name, tensors.pop(name)) for name in names}
     thresholds = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
     logs = next((tensors.pop(name) for name in thresholds if name in tensors), None)
     weights = _lm_saes_weights(path, config, source, tensors)
@@ -190,6 +192,7 @@ def lm_saes(folder: Path) -> Converted:
     if act == "jumprelu":
         if logs is None:
             raise DataError(f"{path} has no tensor 'log_jumprelu_threshold'; {AGAIN}")
+        check_shapes(path, {"W_enc": weights["W_enc"], "threshold": logs})
         weights["threshold"] = logs.exp() / norm
     elif act == "topk":  # ranked by p |d|, so activations are in units of a decoder row of length 1
         weights |= {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm}
@@ -233,11 +236,12 @@ def _lm_saes_weights(
         names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
         weights = {name: take(tensors, stored, path) for name, stored in names.items() if name != "b_dec"}
     else:
-        weights = {"W_enc": take(tensors, "encoder.weight", path).T, "b_enc": take(tensors, "encoder.bias", path)}
-        weights["W_dec"] = take(tensors, "decoder.weight", path).T
-    check_matrices(path, weights)
+        names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+        weights = take_weights(tensors, names, path, transposed=["W_enc", "W_dec"])
+    check_shapes(path, weights, names)
     bias = next((tensors.pop(name) for name in ("b_D", "decoder.bias") if name in tensors), None)
     weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1]) if bias is None else bias
+    check_shapes(path, weights, names)
     check_none_left(tensors, path)
     width, factor = config.get("d_model"), config.get("expansion_factor")
     features = config.get("d_sae")
@@ -268,7 +272,9 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
     try:
         with open_file(path, AGAIN) as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {f"W_{name[2:]}" if name.startswith("w_") else name: file[name] for name in file.files}
-        weights = {name: torch.from_numpy(part.astype(np.float32)) for name, part in arrays.items()}
+        weights = {
+            name: torch.from_numpy(part.astype(np.float32, casting="same_kind")) for name, part in arrays.items()
+        }
     except WorkbenchError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
@@ -277,7 +283,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
     if "scaling_factor" in weights and bool((weights["scaling_factor"] == 1).all()):
         weights.pop("scaling_factor")
     check_none_left(weights, path)
-    check_matrices(path, tensors)
+    check_shapes(path, tensors)
     return tensors
 
 

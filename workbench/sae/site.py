@@ -231,7 +231,10 @@ def encode_checked(
 def not_finite(array: ActivationArray, sae: Sae, row: int, features: bool) -> DataError:
     """Returns the error for a row that is not finite, or whose features are not."""
     if features:
-        return DataError(f"features of SAE {sae.name!r} are not finite for row {row} of {array.site.label}")
+        return DataError(
+            f"features of SAE {sae.name!r} are not finite for row {row} of {array.site.label}; its weights "
+            "have NaN, or it cannot normalise the row, as one of zeros: use another SAE or record without the row"
+        )
     return DataError(f"row {row} of {array!r} is not finite; run workbench verify {array.store.path}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -19,12 +20,15 @@ from workbench.sae.config import check_count
 from workbench.sae.conversion import (
     AGAIN,
     Converted,
+    check_axes,
     check_none_left,
-    check_shape,
+    check_shapes,
     check_thresholds,
     converted,
     read_tensors,
     take,
+    take_weights,
+    whole,
 )
 from workbench.sae.scope_formats import GEMMA, gemma_scope, without_decoder
 
@@ -81,13 +85,8 @@ def transcoder(path: Path) -> Converted:
 
 def _one_layer(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> Converted:
     tensors = read_tensors(path)
-    weights = {
-        "W_enc": take(tensors, "W_enc", path).T.contiguous(),
-        "b_enc": take(tensors, "b_enc", path),
-        "W_dec": take(tensors, "W_dec", path),
-        "b_dec": take(tensors, "b_dec", path),
-    }
-    check_shape(path, weights["W_enc"], None, len(weights["b_enc"]))
+    names = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    weights = take_weights(tensors, names, path, transposed=["W_enc"])
     thresholds = ("activation_function.threshold", "threshold")
     threshold = next((tensors.pop(name) for name in thresholds if name in tensors), None)
     k, skip = tensors.pop("k", None), tensors.pop("W_skip", None)
@@ -95,7 +94,7 @@ def _one_layer(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> 
     settings: dict[str, Any] = {"apply_b_dec_to_input": False}
     activation = config.get("activation")
     if activation == "topk" or (activation is None and k is not None):
-        count = config.get("k") if k is None else int(k)
+        count = config.get("k") if k is None else whole(path, "k", k)
         settings["k"] = check_count(path, "k", count)
         return converted("topk", weights, settings, {**metadata, "transcode": True, "keeps_negative": True})
     if activation not in (None, "relu", "jump_relu", "jumprelu"):
@@ -105,6 +104,7 @@ def _one_layer(path: Path, config: dict[str, Any], metadata: dict[str, Any]) -> 
         raise DataError(f"{path} {wrong}, but {CONFIG} declares the activation {activation!r}; {AGAIN}")
     if threshold is not None:
         weights["threshold"] = check_thresholds(threshold.flatten(), path)
+        check_shapes(path, weights)
     if skip is not None:
         weights["W_skip"] = skip
     name = f"{'' if threshold is None else 'jumprelu_'}{'' if skip is None else 'skip_'}transcoder"
@@ -116,13 +116,15 @@ def _cross_layer(path: Path, metadata: dict[str, Any]) -> Converted:
     assert match is not None
     layer = match[1]
     tensors = read_tensors(path)
+    encoder = take(tensors, f"W_enc_{layer}", path)
+    check_axes(path, f"W_enc_{layer}", encoder)
     weights = {
-        "W_enc": take(tensors, f"W_enc_{layer}", path).T,  # a feature's weights stay contiguous, as encoders want them
+        "W_enc": encoder.T,  # a feature's weights stay contiguous, as encoders want them
         "b_enc": take(tensors, f"b_enc_{layer}", path),
     }
-    check_shape(path, weights["W_enc"], None, len(weights["b_enc"]))
     if f"threshold_{layer}" in tensors:
         weights["threshold"] = check_thresholds(tensors.pop(f"threshold_{layer}").flatten(), path)
+    check_shapes(path, weights, {name: f"{name}_{layer}" for name in weights})
     for name in (f"b_dec_{layer}", f"W_skip_{layer}"):  # parts of the output, which is not computed
         tensors.pop(name, None)
     check_none_left(tensors, path)
@@ -142,4 +144,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_kind")
     if kind not in (None, "transcoder_set", "cross_layer_transcoder"):
         raise RequestError(f"{path}: model_kind {shown(kind)} is not supported")
+    for key in ("model_name", "feature_input_hook", "feature_output_hook"):
+        if not isinstance(config.get(key), str | NoneType):
+            raise DataError(f"{path}: {key} is {shown(config[key])}, expected a text; {AGAIN}")
+    if not isinstance(config.get("transcoders"), list | NoneType):
+        raise DataError(f"{path}: transcoders is {shown(config['transcoders'])}, expected a list of files; {AGAIN}")
     return config
