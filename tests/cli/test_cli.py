@@ -36,7 +36,7 @@ def test_record(recorded, stories260k, stories):
         "model    stories260K (LlamaForCausalLM, 5 layers, d_model 64)\n"
         "sites    5: resid_post.0 (64,) float16, resid_post.1 (64,) float16, resid_post.2 (64,) float16, "
         "resid_post.3 (64,) float16, resid_post.4 (64,) float16\n"
-        f"rows     {opened.rows:,} in 1 segments (complete)\n"
+        f"rows     {opened.rows:,} in 1 segment (complete)\n"
         f"texts    10 documents, {len(set(opened.tokens['sequence'].to_pylist()))} sequences, 1 part\n"
         "unembed  yes\n"
         f"notes    {CUT}\n"
