@@ -134,6 +134,32 @@ def test_an_intervention_acts_on_what_is_generated(model, generated_texts):
     assert changed.all != generated_texts.all
 
 
+@pytest.mark.parametrize("at", ["new", -1, [1, -2], slice(-2, None)])
+def test_a_recording_changes_the_tokens_that_the_generation_changed(model, at):
+    push = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    change = wb.Add("resid_post.0", push, at=at)
+    with wb.intervene(model, change):
+        made = wb.generate(model, PROMPTS, 6, show_progress=False)
+    sites = {"sites": ["resid_post.1"], "dtype": "float32", "show_progress": False}
+    store = wb.record(model, made, interventions=[change], **sites)
+    for number, text in enumerate(made.all):
+        prompt, length = text.prompt_tokens, len(text.token_ids)
+        chosen = {
+            "new": range(prompt, length),
+            "-1": [prompt - 1],
+            "[1, -2]": [1, prompt - 2],
+            "slice(-2, None, None)": range(prompt - 2, length),
+        }[str(at)]
+        pushed = torch.zeros(length, 1)
+        pushed[list(chosen)] = 1
+        block = model.module.model.layers[0]
+        hook = block.register_forward_hook(lambda _module, _args, out, pushed=pushed: out + pushed * push)
+        with hook, torch.no_grad():
+            states = model.module(torch.tensor([text.token_ids]), output_hidden_states=True).hidden_states[2][0]
+        rows = store.where("prompt = ?", [number])["resid_post", 1]
+        torch.testing.assert_close(rows, states, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
