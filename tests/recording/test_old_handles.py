@@ -9,6 +9,7 @@ from workbench.features.removal import remove
 from workbench.io.errors import DataError, RequestError
 from workbench.recording.record import record
 from workbench.store.lost_values import lost_values
+from workbench.store.merged_store import merge
 from workbench.store.reader import open_store
 
 OTHER = [[token + 1 for token in text] for text in TEXTS]  # of the same lengths: every file has the same shape
@@ -40,6 +41,9 @@ def test_an_old_handle_never_reads_the_store_in_its_place(model, tmp_path):
         lambda: unread.tokens,
         lambda: unread.where("position = 0"),
         lambda: lost_values(unread, [first]),
+        lambda: old.delete_sites([second]),
+        lambda: old.save(tmp_path / "copy"),
+        lambda: merge({"old": old, "new": new}, tmp_path / "both"),
     ]
     for read in reads:
         with pytest.raises(DataError, match=r"s\.acts was recorded anew after it was opened, .*; open it again$"):
@@ -47,6 +51,7 @@ def test_an_old_handle_never_reads_the_store_in_its_place(model, tmp_path):
     for use in (lambda: new[first][rows], lambda: new.where("true") & rows):
         with pytest.raises(RequestError, match=r"selected before .*s\.acts was recorded anew; select them again$"):
             use()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.acts"]
     assert new.tokens["token_id"].to_pylist() == [token for text in OTHER for token in text]
     assert new[second][:].shape == old[second].shape
 

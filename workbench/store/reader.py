@@ -37,7 +37,7 @@ from workbench.store.row_array import RowArray
 from workbench.store.selected_rows import Rows, row_ids
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
-from workbench.store.unchanged import unchanged
+from workbench.store.unchanged import refuse_changed, unchanged
 from workbench.store.verify import verify
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ class Store:
         Raises:
             RequestError: A site that is not recorded, all sites, or a store that is not finished.
         """
+        refuse_changed(self, self.path, read_manifest(self.path))
         return replace(self, manifest=delete_sites(self.path, sites))
 
     def save(self, path: str | os.PathLike[str]) -> Store:

@@ -49,6 +49,12 @@ def same_rows(manifest: Manifest, other: Manifest) -> bool:
     return manifest is other or all(segment.checksum == present.checksum for segment, present in pairs)
 
 
+def refuse_changed(store: object, path: Path, manifest: Manifest) -> None:
+    """Raises DataError where `store`, a store or its path, was opened before the one that `manifest` is of."""
+    if not same_rows(getattr(store, "manifest", manifest), manifest):
+        raise DataError(_anew(path))
+
+
 def _change(path: Path, manifest: Manifest) -> str | None:
     """What happened to the store since its manifest was read; None: nothing that the manifest on the disk shows."""
     present = _present(path)
