@@ -68,6 +68,13 @@ def test_a_saved_file_records_the_same(model, generated_texts, tmp_path):
         generated_texts.save(tmp_path / "made.txt")
 
 
+def test_a_generation_is_described_in_a_line(generated_texts):
+    assert repr(generated_texts) == (
+        "3 continuations of 3 prompts by demo, "
+        "Sampling(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=None, seed=0)"
+    )
+
+
 def test_padding_changes_no_token(model, generated_texts):
     alone = wb.generate(model, PROMPTS, 8, batch_size=1, show_progress=False)
     assert alone.all == generated_texts.all

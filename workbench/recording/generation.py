@@ -92,15 +92,19 @@ class Generation:
     """Columns of the prompt, which its recording has too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generations:
     """Continuations of prompts: texts for `record`, which adds columns prompt, sample, generated and step."""
 
-    model: Model = field(repr=False)
+    model: Model
     """The model that generated them."""
     sampling: Sampling
     all: tuple[Generation, ...]
     """In the order of the prompts."""
+
+    def __repr__(self) -> str:
+        prompts = counted(len({generation.prompt for generation in self.all}), "prompt")
+        return f"{counted(len(self), 'continuation')} of {prompts} by {self.model.name}, {self.sampling}"
 
     def __len__(self) -> int:
         return len(self.all)
