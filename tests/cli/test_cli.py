@@ -36,7 +36,7 @@ def test_record(recorded, stories260k, stories):
         "model    stories260K (LlamaForCausalLM, 5 layers, d_model 64)\n"
         "sites    5: resid_post.0 (64,) float16, resid_post.1 (64,) float16, resid_post.2 (64,) float16, "
         "resid_post.3 (64,) float16, resid_post.4 (64,) float16\n"
-        f"rows     {opened.rows:,} in 1 segments (complete)\n"
+        f"rows     {opened.rows:,} in 1 segment (complete)\n"
         f"texts    10 documents, {len(set(opened.tokens['sequence'].to_pylist()))} sequences, 1 part\n"
         "unembed  yes\n"
         f"notes    {CUT}\n"
@@ -54,7 +54,7 @@ def test_info(recorded):
 
 def test_verify(store, tmp_path):
     note = f"note   manifest.json: changed texts: {CUT}\n"
-    assert run("verify", store) == (0, f"{note}0 errors, 1 notes\n", "")
+    assert run("verify", store) == (0, f"{note}0 errors, 1 note\n", "")
     damaged = Path(shutil.copytree(store, tmp_path / "damaged"))
     file = damaged / "segments" / "00000" / "resid_post.3.safetensors"
     content = bytearray(file.read_bytes())
@@ -63,7 +63,7 @@ def test_verify(store, tmp_path):
     code, out, err = run("verify", damaged)
     assert (code, err) == (1, "")
     *findings, last = out.splitlines()
-    assert last == "1 errors, 1 notes"
+    assert last == "1 error, 1 note"
     assert findings[1].startswith("error  00000/resid_post.3.safetensors: ")
 
 

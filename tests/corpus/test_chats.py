@@ -10,6 +10,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 from warned import warned
 
+import workbench as wb
 from workbench.corpus.chats import render_chats
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import read_documents
@@ -171,3 +172,9 @@ def test_chats_come_from_files_and_columns(tmp_path):
     sequences = plan(parts, by_parts)
     assert sequences.token_ids.tolist() == expected
     assert sequences.labels["turn"].tolist() == plan(CHAT, PLAIN).labels["turn"].tolist()
+
+
+def test_the_header_of_the_next_message_is_refused_for_a_text():
+    model = wb.load_model("demo")
+    with pytest.raises(RequestError, match=r"^document 0 is no chat, and generation_prompt=True ends chats with"):
+        wb.record(model, ["One day"], sites="resid_post.0", generation_prompt=True, show_progress=False)

@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_the_corpus():
             {"vocab": 1},
             "the tokenizer's special tokens: token id 1 is not one of the model's, 0 to 0; was another",
         ),
-        (["", []], {}, "texts: nothing to record; 2 documents were read and none has a token"),
+        (["", []], {}, "texts: nothing to record; 2 documents, none with a token"),
         (iter([]), {}, "texts: nothing to record; there are no documents"),
         (
             ["hello you"],

@@ -104,6 +104,25 @@ def test_token_ids_are_used_as_they_are():
     assert lists(plan(np.array([[1, 2], [3, 4]]), None)) == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_a_dataset_changes_no_value(form):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["one", "two"], "n": [1, 2], "share": [0.1, 0.25], "list": [[1, 2], [3]], "good": [True, False]}
+    dataset = datasets.Dataset.from_dict(rows).with_format(form)
+    assert [(d.text, d.metadata) for d in read_documents(dataset)] == [
+        ("one", {"n": 1, "share": 0.1, "list": "[1,2]", "good": True}),
+        ("two", {"n": 2, "share": 0.25, "list": "[3]", "good": False}),
+    ]
+    few = dataset.with_format(form, columns=["text", "n"])
+    assert [d.metadata for d in read_documents(few)] == [{"n": 1}, {"n": 2}]
+
+
+def test_values_of_arrays_are_values_of_python():
+    torch = pytest.importorskip("torch")
+    record = {"text": "one", "n": torch.tensor(3), "list": torch.tensor([1, 2]), "share": np.float32(0.5)}
+    assert [d.metadata for d in read_documents([record])] == [{"n": 3, "list": "[1,2]", "share": 0.5}]
+
+
 def test_dataset_objects_are_read_by_text_or_by_token_ids():
     datasets = pytest.importorskip("datasets")
     rows = {"text": ["one", None], "tag": ["x", "y"]}

@@ -127,7 +127,9 @@ def test_chosen_rows_are_appended_and_other_choices_refused(model, texts, tmp_pa
         ({"where": "token IN (SELECT x FROM 'a.csv')"}, "query "),
         ({"where": " "}, "where is empty; give an SQL condition"),
         ({"keep": []}, "keep must be 'last' or positions, such as [0, -1], not []"),
-        ({"keep": "first"}, "keep must be 'last' or positions, such as [0, -1], not ['first']"),
+        ({"keep": "first"}, "keep must be 'last' or positions, such as [0, -1], not 'first'"),
+        ({"keep": 1.5}, "keep must be 'last' or positions, such as [0, -1], not 1.5"),
+        ({"keep": [0, True]}, r"keep must be 'last' or positions, such as [0, -1], not [0, True]"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_one_line_and_leaves_nothing(model, texts, tmp_path, options, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from command_line import run
@@ -65,6 +66,13 @@ def test_a_saved_file_records_the_same(model, generated_texts, tmp_path):
     assert stores[0].tokens.equals(stores[1].tokens)
     with pytest.raises(wb.RequestError, match=r"must end in \.jsonl"):
         generated_texts.save(tmp_path / "made.txt")
+
+
+def test_a_generation_is_described_in_a_line(generated_texts):
+    assert repr(generated_texts) == (
+        "3 continuations of 3 prompts by demo, "
+        "Sampling(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=None, seed=0)"
+    )
 
 
 def test_padding_changes_no_token(model, generated_texts):
@@ -133,6 +141,32 @@ def test_an_intervention_acts_on_what_is_generated(model, generated_texts):
     assert changed.all != generated_texts.all
 
 
+@pytest.mark.parametrize("at", ["new", -1, [1, -2], slice(-2, None)])
+def test_a_recording_changes_the_tokens_that_the_generation_changed(model, at):
+    push = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    change = wb.Add("resid_post.0", push, at=at)
+    with wb.intervene(model, change):
+        made = wb.generate(model, PROMPTS, 6, show_progress=False)
+    sites = {"sites": ["resid_post.1"], "dtype": "float32", "show_progress": False}
+    store = wb.record(model, made, interventions=[change], **sites)
+    for number, text in enumerate(made.all):
+        prompt, length = text.prompt_tokens, len(text.token_ids)
+        chosen = {
+            "new": range(prompt, length),
+            "-1": [prompt - 1],
+            "[1, -2]": [1, prompt - 2],
+            "slice(-2, None, None)": range(prompt - 2, length),
+        }[str(at)]
+        pushed = torch.zeros(length, 1)
+        pushed[list(chosen)] = 1
+        block = model.module.model.layers[0]
+        hook = block.register_forward_hook(lambda _module, _args, out, pushed=pushed: out + pushed * push)
+        with hook, torch.no_grad():
+            states = model.module(torch.tensor([text.token_ids]), output_hidden_states=True).hidden_states[2][0]
+        rows = store.where("prompt = ?", [number])["resid_post", 1]
+        torch.testing.assert_close(rows, states, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -155,14 +189,45 @@ def test_prompts_without_room_or_token_are_refused(model):
     limit = model.context_limit
     with pytest.raises(wb.RequestError, match="leaves room for 5 before"):
         wb.generate(model, [[1] * 10], limit - 5, show_progress=False)
-    with pytest.raises(wb.RequestError, match="1 of them have no token"):
-        wb.generate(model, ["Hi", ""], 5, bos="never", show_progress=False)
+    with pytest.raises(
+        wb.RequestError, match=r"^prompts: 2 prompts without a token, the first is prompt 1; leave them"
+    ):
+        wb.generate(model, ["Hi", "", ""], 5, bos="never", show_progress=False)
+    for prompts, message in (
+        ([], "^prompts is an empty list"),
+        ("no.txt", "^prompts: no file"),
+        (iter([]), "^prompts: "),
+    ):
+        with pytest.raises(wb.RequestError, match=message):
+            wb.generate(model, prompts, 5, show_progress=False)
+
+
+def test_columns_of_the_prompts_are_columns_of_the_recording(model, tmp_path):
+    frame = pd.DataFrame({"text": PROMPTS[:2], "label": ["boy", "dog"], "n": [1.5, 2.0]})
+    made = wb.generate(model, frame, 2, temperature=1.0, samples=2, show_progress=False)
+    for source in (made, made.save(tmp_path / "made.jsonl")):
+        table = wb.record(model, source, sites=["resid_post.1"], show_progress=False).tokens.to_pandas()
+        for number, document in table.groupby("document"):
+            prompt, sample = divmod(number, 2)
+            expected = (prompt, sample, *(("boy", 1.5), ("dog", 2.0))[prompt])
+            assert set(document[["prompt", "sample", "label", "n"]].itertuples(index=False, name=None)) == {expected}
+    again = wb.generate(model, made, 1, show_progress=False)  # continues the continuations
+    assert [text.prompt_tokens for text in again.all] == [len(text.token_ids) for text in made.all]
+    assert wb.record(model, again, sites=["resid_post.1"], show_progress=False).tokens["label"][-1].as_py() == "dog"
+    both = wb.generate(model, [{"text": "Hi", "messages": "no chat", "label": "x"}], 2, show_progress=False)
+    table = wb.record(model, both, sites=["resid_post.1"], show_progress=False).tokens
+    assert table["token_id"].to_pylist() == list(both.all[0].token_ids)
+    assert {"label", "messages", "prompt"} & {*table.column_names} == {"label", "prompt"}
+    with pytest.raises(
+        wb.RequestError, match="prompts: a column cannot be called 'step', which recordings of them add"
+    ):
+        wb.generate(model, frame.rename(columns={"n": "step"}), 2, show_progress=False)
 
 
 def test_the_command_writes_what_record_reads(tmp_path):
     path = tmp_path / "made.jsonl"
     code, out, _ = run("generate", "demo", "One day, Tom", "--max-new-tokens", 4, "--out", path)
     assert code == 0
-    assert "1 continuations" in out
+    assert "1 continuation in" in out
     (line,) = path.read_text().splitlines()
     assert json.loads(line)["generation"]["max_new_tokens"] == 4

@@ -172,7 +172,7 @@ def test_a_summary_has_a_line_for_each_fact(tmp_path):
         "model    demo (GPT2LMHeadModel, 2 layers, d_model 3)",
         "sites    3: resid_post.0 (3,) float16, resid_post.1 (3,) float32, pattern.1 (2, 4) bfloat16",
         "rows     9 in 2 segments (complete)",
-        "texts    1 documents, 3 sequences, 1 part",
+        "texts    1 document, 3 sequences, 1 part",
         "unembed  none: the model has none",
     ]
 

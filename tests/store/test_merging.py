@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
+from recorded_operations import SETTINGS, tiny_model
 from refusals import refused
 from store_example import MODEL, SITES, contents, write_store
 
 from workbench.features.removal import remove
 from workbench.io.errors import DataError, RequestError
+from workbench.recording.record import record
 from workbench.store.manifest import read_manifest
 from workbench.store.merged_store import merge
 from workbench.store.packed_copy import pack
@@ -133,3 +135,16 @@ def test_the_command_line_merges_packs_deletes_sites_and_removes(stores, tmp_pat
     code, _, err = run("rm", m)
     assert code == 2
     assert len(err.splitlines()) == 1
+
+
+def test_columns_of_two_kinds_are_refused_by_name_and_in_words(tmp_path):
+    model, kinds = tiny_model(), {"a": 1, "b": "x", "c": 0.5}
+    one, two, three = (
+        record(model, [{"input_ids": [5, 6], "label": value}], out=tmp_path / name, show_progress=False, **SETTINGS)
+        for name, value in kinds.items()
+    )
+    assert refused(RequestError, lambda: merge([one, three, two], tmp_path / "m")) == (
+        f"stores: column 'label' holds floats in {tmp_path / 'c'} and text in {tmp_path / 'b'}; merge stores whose "
+        "columns agree"
+    )
+    assert merge([one, three], tmp_path / "m").tokens["label"].to_pylist() == [1.0, 1.0, 0.5, 0.5]

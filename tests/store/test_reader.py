@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from forks import fork_context
@@ -127,6 +128,8 @@ def test_numpy_gets_all_rows(store):
     assert np.array_equal(np.asarray(store["resid_post", 0]), values(HALF, 0, ROWS))
     brain = (values(BRAIN, 0, ROWS).astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(np.asarray(store["pattern", 1]), brain)
+    assert np.asarray(store["resid_post", 0]).dtype == np.float16  # as stored, not four times as large
+    assert np.asarray(store["pattern", 1]).dtype == np.float32
     assert np.asarray(store["resid_post", 0], np.float64).dtype == np.float64
     with pytest.raises(ValueError, match=r"resid_post.0 is not in memory and cannot become an array without a copy"):
         np.array(store["resid_post", 0], copy=False)
@@ -343,6 +346,28 @@ def test_a_query_that_is_refused_names_the_columns(store, predicate, reason, tai
     message = refused(RequestError, lambda: store.where(predicate))
     assert message.startswith(f"query {predicate!r}: {reason}")
     assert message.endswith(f"; columns: {columns}{tail}")
+
+
+@pytest.mark.parametrize(
+    ("predicate", "parameters"),
+    [
+        ("position = ?", [np.int64(1)]),
+        ("position = ?", [torch.tensor(1)]),
+        ("position IN ?", [np.array([1, 99])]),
+        ("position IN $places", {"places": [np.int32(1)]}),
+        ("position = $place AND $now > DATE '2000-01-01'", {"place": 1, "now": pd.Timestamp("2020-01-01")}),
+    ],
+)
+def test_parameters_may_be_values_of_numpy_pandas_and_torch(store, predicate, parameters):
+    expected = [row for row, position in enumerate(store.tokens["position"].to_pylist()) if position == 1]
+    assert store.where(predicate, parameters).ids.tolist() == expected
+
+
+def test_a_text_is_no_list_of_parameters(store):
+    assert refused(RequestError, lambda: store.where("token = ?", " a")) == (
+        "query 'token = ?': parameters must be a list of values, such as [' the'], or a mapping of names to values, "
+        "not ' a'"
+    )
 
 
 def test_an_empty_query_is_refused(store):

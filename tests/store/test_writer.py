@@ -279,8 +279,8 @@ def test_an_unfinished_append_is_resumed_by_the_same_call(tmp_path):
     with writing(path) as store:
         message = refused(RequestError, lambda: store.begin(part_of([[6]]), append=True))
         assert message == (
-            f"{path} holds other texts: 6 rows of 3 sequences from 1 documents in the store, 6 rows of 1 sequences "
-            "from 1 documents requested; resume that part with its own texts, or choose another out"
+            f"{path} holds other texts: 6 rows of 3 sequences from 1 document in the store, 6 rows of 1 sequence "
+            "from 1 document requested; resume that part with its own texts, or choose another out"
         )
         assert store.begin(part_of([[2], [2, 2]]), append=True) == 1
         store.check(0, digest(16, [2]))
@@ -302,7 +302,7 @@ def test_other_texts_are_refused(tmp_path):
     with writing(path) as store:
         message = refused(RequestError, lambda: store.begin(part_of([[9]], documents=4), append=False))
         assert message == (
-            f"{path} holds other texts: 16 rows of 6 sequences from 1 documents in the store, 9 rows of 1 sequences "
+            f"{path} holds other texts: 16 rows of 6 sequences from 1 document in the store, 9 rows of 1 sequence "
             "from 4 documents requested; pass append=True to add texts, or choose another out"
         )
         assert store.begin(part_of(SEGMENTS), append=False) == 3

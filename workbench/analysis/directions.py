@@ -41,7 +41,7 @@ def mean_difference(a: Rows, b: Rows, site: str, layer: int | None = None, *, na
         if not len(rows):
             raise RequestError(f"{argument} has no rows; a mean needs one or more")
     label = _label(a, site, layer)
-    if a.store.path != b.store.path and (difference := a.store.manifest.model.difference(b.store.manifest.model)):
+    if difference := a.store.manifest.model.difference(b.store.manifest.model):
         raise RequestError(f"b is of another model than a: {difference}; take rows of one model")
     means = [_mean(rows, label) for rows in (a, b)]
     if means[0].shape != means[1].shape:

@@ -11,6 +11,7 @@ from workbench.cli.arguments import Parallel, texts_of
 from workbench.cli.options import Positional
 from workbench.cli.store_verbs import Info
 from workbench.cli.terminal import print_plain
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.files import check_writable, check_writable_file
 from workbench.io.tasks import dtype_for
@@ -64,7 +65,7 @@ class Generate:
         texts = generations.texts() if model.tokenizer is not None else []
         for text in texts[:5]:
             print_plain(repr(text))
-        print_plain(f"{len(generations):,} continuations in {self.out}; record them with `workbench record`")
+        print_plain(f"{counted(len(generations), 'continuation')} in {self.out}; to record: `workbench record`")
         return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from workbench.cli.options import Positional
 from workbench.cli.terminal import print_frame, print_plain, print_table
 from workbench.io.checks import check_fields
+from workbench.io.counted import counted
 from workbench.io.files import check_new_folder
 
 
@@ -42,7 +43,7 @@ class Verify:
             place = "/".join(part for part in (finding["segment"], finding["file"]) if part)
             print_plain(f"{finding['severity']:5}  {place}: {finding['finding']}: {finding['detail']}")
         errors = findings["severity"].tolist().count("error")
-        print_plain(f"{errors} errors, {len(findings) - errors} notes")
+        print_plain(f"{counted(errors, 'error')}, {counted(len(findings) - errors, 'note')}")
         return 1 if errors else 0
 
 

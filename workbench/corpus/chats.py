@@ -73,6 +73,17 @@ def render_chats(
     changes.report()
 
 
+def only_chats(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yields the documents, which are chats; RequestError for another one, which has no header to end with."""
+    for document in documents:
+        if document.messages is None:
+            raise RequestError(
+                f"document {document.index} is no chat, and generation_prompt=True ends chats with the header of the "
+                "next message; leave generation_prompt out"
+            )
+        yield document
+
+
 def _rendered(
     document: Document, tokenizer: PreTrainedTokenizerBase | None, generation_prompt: bool, changes: _Changes
 ) -> Document:

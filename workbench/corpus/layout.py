@@ -29,6 +29,7 @@ from workbench.corpus.tokenizer import (
     special_ids,
     with_whole_offsets,
 )
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.files import sha256_bytes, sha256_file
 
@@ -245,7 +246,7 @@ class _SequenceWriter:
         self._write("starts", self.rows)
         if self.rows == 0:
             raise RequestError(
-                f"texts: nothing to record; {count} documents were read and none has a token"
+                f"texts: nothing to record; {counted(count, 'document')}, none with a token"
                 if (count := self.counts["documents"])
                 else "texts: nothing to record; there are no documents"
             )

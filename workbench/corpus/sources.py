@@ -134,7 +134,7 @@ def _resolve(texts: Texts, text_column: str = "") -> Iterable[Any]:
         _check_file(texts)
         return [texts]
     if not isinstance(texts, str):
-        items: Any = _one_split(texts) if isinstance(texts, Mapping) else texts
+        items: Any = _unformatted(_one_split(texts) if isinstance(texts, Mapping) else texts)
         return table_rows(items) or ([items] if is_chat(items, text_column) else items)
     if not texts:
         raise RequestError(f"texts is an empty string; {_UNDERSTOOD}")
@@ -142,6 +142,14 @@ def _resolve(texts: Texts, text_column: str = "") -> Iterable[Any]:
         _check_file(Path(texts), hint=f"to record the string itself, pass [{texts!r}]; ")
         return [Path(texts)]
     return [texts]
+
+
+def _unformatted(source: Any) -> Any:
+    """A dataset of Hugging Face whose rows are values of Python: a format of torch rounds them, one of pandas or Arrow
+    gives frames."""
+    if hasattr(source, "column_names") and isinstance(form := getattr(source, "format", None), Mapping):
+        return source.with_format(None, columns=form["columns"])
+    return source
 
 
 def _names_file(text: str) -> bool:

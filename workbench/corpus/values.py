@@ -64,7 +64,7 @@ def plain_value(value: Any) -> Plain:
 
 
 def python_value(value: Any) -> Any:
-    """Returns a value of NumPy or pandas as one of Python; missing values of pandas as None."""
+    """Returns a value of NumPy, pandas or torch as one of Python; missing values of pandas as None."""
     kind = type(value)
     if kind.__name__ in _PANDAS_MISSING and kind.__module__.startswith("pandas"):
         return None
@@ -77,7 +77,7 @@ def python_value(value: Any) -> Any:
         return None if np.isnat(value) else str(value)
     if isinstance(value, np.floating):
         return float(value)
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return value.tolist() if hasattr(value, "__array__") and hasattr(value, "tolist") else value
 
 
 def _nested(value: Any) -> Any:

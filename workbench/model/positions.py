@@ -30,6 +30,9 @@ class PassLabels:
     """Number of each sequence in the store."""
     chosen: Mapping[str, Bool[Tensor, "batch position"]]
     """Tokens that conditions on the token table choose, by `table_key`."""
+    generated: Bool[Tensor, "batch position"] | None = None
+    """Tokens that a model generated, which are the new ones here too; the tokens before them are the prompt. None: the
+    texts are not generated, and each sequence is a prompt."""
 
 
 def table_key(choice: Tokens) -> str:
@@ -170,7 +173,8 @@ class PassTokens:
         position, prompt = self.position, self.prompt[:, None]
         token = position >= 0
         if isinstance(index, str):
-            return token if index == "all" else token & (position >= prompt)
+            generated = None if self.labels is None else self.labels.generated
+            return token if index == "all" else token & (position >= prompt if generated is None else generated)
         if isinstance(index, slice):
             start, stop = (prompt + bound if bound and bound < 0 else bound for bound in (index.start or 0, index.stop))
             start = start.clamp(min=0) if isinstance(start, Tensor) else start
@@ -229,7 +233,7 @@ class PassReader:
             prompt = self._expanded(batch, position)
             split = not repeated and columns > 1
         else:
-            prompt = None if position is None else (position >= 0).sum(1)
+            prompt = None if position is None else _prompt(position, labels)
             fresh, split, self._prompt, self._columns = 0, False, prompt, columns
             self._pads = _pads(inputs, position, cached)
         self._seen = cached + columns
@@ -285,6 +289,14 @@ class PassReader:
         if batch % len(self._prompt):
             raise DataError(f"a pass of {batch} sequences continues one of {len(self._prompt)}; begin with the prompts")
         return self._prompt.repeat_interleave(batch // len(self._prompt))
+
+
+def _prompt(position: Tensor, labels: PassLabels | None) -> Tensor:
+    """Number of tokens of each prompt in the first pass over it."""
+    tokens = (position >= 0).sum(1)
+    if labels is None or labels.generated is None:
+        return tokens
+    return torch.where(labels.generated.any(1), labels.generated.long().argmax(1), tokens)
 
 
 def _cached(inputs: Mapping[str, Any]) -> int | None:

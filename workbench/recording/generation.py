@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -26,18 +27,25 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from workbench.corpus.chats import render_chats
+from workbench.corpus.document import Document
+from workbench.corpus.documents import CONTENT_COLUMNS
 from workbench.corpus.layout import Layout, plan_sequences
 from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
+from workbench.corpus.values import Plain
 from workbench.io.checks import MOST, SEEDS, as_path, check, check_fields, check_types, whole_number
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.progress import progress
 from workbench.io.saving import save_text
 from workbench.io.torch_state import plain_torch
 from workbench.model.forward import generating
 from workbench.model.load import Model, check_model, end_tokens
-from workbench.sites.settings import BosPolicy
+from workbench.sites.settings import BosPolicy, Recording
 
+_ADDED = ("prompt", "sample", "generated", "step", "prompt_tokens", "generation")
+"""Columns that a recording of continuations adds, and facts of their file."""
+_CONTENTS = CONTENT_COLUMNS.union([Recording.text_column])  # beside token ids, they would be the text
 _COLDEST = 1e-6
 """Smallest temperature above 0."""
 
@@ -80,17 +88,23 @@ class Generation:
     """Prompt and continuation; the token that ends the text included."""
     prompt_tokens: int
     """Number of ids of the prompt."""
+    metadata: Mapping[str, Plain] = field(default_factory=dict, compare=False)
+    """Columns of the prompt, which its recording has too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generations:
     """Continuations of prompts: texts for `record`, which adds columns prompt, sample, generated and step."""
 
-    model: Model = field(repr=False)
+    model: Model
     """The model that generated them."""
     sampling: Sampling
     all: tuple[Generation, ...]
     """In the order of the prompts."""
+
+    def __repr__(self) -> str:
+        prompts = counted(len({generation.prompt for generation in self.all}), "prompt")
+        return f"{counted(len(self), 'continuation')} of {prompts} by {self.model.name}, {self.sampling}"
 
     def __len__(self) -> int:
         return len(self.all)
@@ -103,14 +117,15 @@ class Generations:
                 "sample": generation.sample,
                 "prompt_tokens": generation.prompt_tokens,
             }
-            yield {"input_ids": list(generation.token_ids), **facts, "generation": asdict(self.sampling)}
+            columns = {name: value for name, value in generation.metadata.items() if name not in _CONTENTS}
+            yield columns | {"input_ids": list(generation.token_ids), **facts, "generation": asdict(self.sampling)}
 
     def save(self, path: str | Path) -> Path:
         """Writes a `.jsonl` file that `record` reads; RequestError for another ending."""
         path = as_path("path", path)
         if path.suffix != ".jsonl":
             raise RequestError(f"path {str(path)!r} must end in .jsonl")
-        lines = "".join(f"{json.dumps(document)}\n" for document in self)
+        lines = "".join(f"{json.dumps(document, default=str)}\n" for document in self)  # dates as texts
         return save_text(path, lines)
 
     def texts(self) -> list[str]:
@@ -166,8 +181,8 @@ def generate(
         raise RequestError(f"model {model.name!r} is not causal; it does not generate")
     if samples > 1 and not sampling.temperature:
         raise RequestError(f"samples is {samples}, and temperature 0 gives the same each time; raise the temperature")
-    ids = [prompt_ids for prompt_ids in _prompt_ids(model, prompts, bos, max_new_tokens) for _ in range(samples)]
-    generations: list[Generation] = []
+    documents, generations = _prompt_documents(model, prompts), list[Generation]()
+    ids = [prompt_ids for prompt_ids in _prompt_ids(model, documents, bos, max_new_tokens) for _ in range(samples)]
     batch_size = batch_size if len(ids) == 1 or batch_size == 1 or model.generates_in_batches else 1
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -178,12 +193,32 @@ def generate(
             part = ids[first : first + batch_size]
             for number, tokens in enumerate(_continued(model, part, sampling), first):
                 prompt, sample = divmod(number, samples)
-                generations.append(Generation(prompt, sample, (*ids[number], *tokens), len(ids[number])))
+                all_ids, columns = (*ids[number], *tokens), documents[prompt].metadata
+                generations.append(Generation(prompt, sample, all_ids, len(ids[number]), columns))
             advance(len(part))
     return Generations(model, sampling, tuple(generations))
 
 
-def _prompt_ids(model: Model, prompts: Texts, bos: BosPolicy, new: int) -> list[tuple[int, ...]]:
+def _prompt_documents(model: Model, prompts: Texts) -> list[Document]:
+    """The prompts as texts or token ids. RequestError for none, an empty one, or a column that the recording adds."""
+    try:
+        documents = list(render_chats(read_documents(prompts), model.tokenizer, generation_prompt=True))
+    except RequestError as error:
+        raise RequestError(re.sub(r"^texts\b", "prompts", str(error))) from None
+    if not documents:
+        raise RequestError("prompts: there are none; give one or more")
+    empty = [d.index for d in documents if not len(d.text if d.text is not None else d.token_ids)]  # pyright: ignore[reportArgumentType]
+    if empty:
+        raise RequestError(
+            f"prompts: {counted(len(empty), 'prompt')} without a token, the first is prompt {empty[0]}; leave them out"
+        )
+    for name in _ADDED:
+        if any(name in document.metadata and document.generation is None for document in documents):
+            raise RequestError(f"prompts: a column cannot be called {name!r}, which recordings of them add; rename it")
+    return documents
+
+
+def _prompt_ids(model: Model, documents: Sequence[Document], bos: BosPolicy, new: int) -> list[tuple[int, ...]]:
     """Token ids of every prompt, as `record` reads them, without the token that ends a text."""
     added = AddedTokens(added_tokens(model.tokenizer, bos).prefix)
     room = (model.context_limit or (1 << 20)) - new
@@ -191,12 +226,13 @@ def _prompt_ids(model: Model, prompts: Texts, bos: BosPolicy, new: int) -> list[
         raise RequestError(
             f"max_new_tokens is {new}, and the context of model {model.name!r} {model.context_limit}; lower it"
         )
-    documents = render_chats(read_documents(prompts), model.tokenizer, generation_prompt=True)
     with tempfile.TemporaryDirectory(prefix="workbench-prompts-") as folder:
         longest = room + 1  # one more than there is room for: a longer prompt is cut there, and seen
         planned = plan_sequences(documents, model.tokenizer, Layout(longest, added, vocab=model.vocab), Path(folder))
         if planned.skipped_documents:
-            raise RequestError(f"prompts: {planned.skipped_documents} of them have no token; leave them out")
+            raise RequestError(
+                f"prompts: {counted(planned.skipped_documents, 'prompt')} without a token; leave them out"
+            )
         if (most := int(planned.lengths.max())) > room:
             raise RequestError(
                 f"prompts: one has {most:,} tokens or more, and the model's context leaves room for {room:,} before "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from workbench.corpus.aligned import aligned_pairs
-from workbench.corpus.chats import render_chats
+from workbench.corpus.chats import only_chats, render_chats
 from workbench.corpus.layout import Layout, Sequences, digest, plan_sequences, segment_plan
 from workbench.corpus.sources import Texts, read_documents
 from workbench.corpus.tokenizer import AddedTokens, added_tokens
@@ -176,6 +176,7 @@ def plan_tokens(plan: RecordingPlan, model: Model, texts: Texts, folder: Path, s
     documents = read_documents(
         texts, text_column=settings.text_column, metadata=settings.metadata, span_column=settings.span_column
     )
+    documents = only_chats(documents) if settings.generation_prompt else documents
     documents = render_chats(documents, tokenizer, settings.generation_prompt)
     documents = aligned_pairs(documents, tokenizer, settings.unaligned_pairs)
     with progress("tokenizing", None, "tokens", show=show_progress) as advance:

@@ -79,6 +79,8 @@ class SegmentChanges:
         self.run = Intervened(model, tuple(records), proof=False)
         self._first, self._lengths = first_sequence, lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        generated = "generated" in table.column_names
+        self._generated = table["generated"].fill_null(False).to_numpy() if generated else None
         self._chosen = {}
         for number, (record, choices) in enumerate(zip(records, self.run.choices, strict=True)):
             for choice in choices:
@@ -90,7 +92,8 @@ class SegmentChanges:
         number = torch.as_tensor(np.asarray(sequences, np.int64) + self._first, device="cpu")
         shape = len(sequences), int(self._lengths[sequences].max())
         chosen = {key: self._padded(rows, sequences, shape) for key, rows in self._chosen.items()}
-        return self.run.labelled(PassLabels(number, chosen))
+        generated = None if self._generated is None else self._padded(self._generated, sequences, shape)
+        return self.run.labelled(PassLabels(number, chosen, generated))
 
     def _padded(self, rows: np.ndarray, sequences: np.ndarray, shape: tuple[int, int]) -> Bool[torch.Tensor, ...]:
         mask = np.zeros(shape, bool)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 from workbench.io.checks import check, check_fields, check_types
@@ -115,8 +116,7 @@ def recording(settings: Recording | None = None, **options: Unpack[RecordingOpti
         if name in fields:
             fields[name] = _names(name, fields[name])
     if "keep" in fields:
-        keep = fields["keep"]
-        fields["keep"] = _positions((keep,) if isinstance(keep, str | int) else keep)
+        fields["keep"] = _positions(fields["keep"])
     if "dtype" in fields:
         fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
     _check_choices(fields)
@@ -132,14 +132,15 @@ def _names(argument: str, names: Sequence[str] | str | None) -> tuple[str, ...] 
     return all_names
 
 
-def _positions(keep: Sequence[Any] | None) -> tuple[Position, ...] | None:
-    """Positions as whole numbers; the last one is -1."""
+def _positions(keep: Any) -> tuple[Position, ...] | None:
+    """Positions, or a single one, as whole numbers; the last one is -1."""
     if keep is None:
         return None
-    positions = tuple(-1 if position == "last" else position for position in keep)
-    if not positions or not all(isinstance(position, int) and not isinstance(position, bool) for position in positions):
-        raise RequestError(f"keep must be 'last' or positions, such as [0, -1], not {list(keep)!r}")
-    return positions
+    several = isinstance(keep, Iterable) and not isinstance(keep, str)
+    positions = [-1 if position == "last" else position for position in (keep if several else (keep,))]
+    if not positions or not all(isinstance(place, Integral) and not isinstance(place, bool) for place in positions):
+        raise RequestError(f"keep must be 'last' or positions, such as [0, -1], not {shown(keep)}")
+    return tuple(map(int, positions))
 
 
 def _check_choices(fields: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from workbench.io.errors import RequestError
 from workbench.store.manifest import SiteRecord, read_segment_record
 from workbench.store.reader import Store
+from workbench.store.unchanged import unchanged
 
 _BLOCK_BYTES = 64 << 20
 
@@ -96,7 +97,8 @@ def lost_values(
     suspect: dict[str, list[np.ndarray]] = {}
     overflow = Counter()
     for index in np.flatnonzero(np.diff(edges)).tolist():
-        counts = read_segment_record(store.path, store.manifest.segments[index])
+        with unchanged(store.path, store.manifest):
+            counts = read_segment_record(store.path, store.manifest.segments[index])
         overflow.update(counts.overflow)
         for site in records:
             if counts.nonfinite.get(site.name, 0) or counts.overflow.get(site.name, 0):

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from workbench.io.checks import check
+from workbench.io.counted import counted
 from workbench.io.errors import DataError, RequestError, nearest
 from workbench.io.files import replace_file, sha256_bytes
 from workbench.io.findings import FileRecord
@@ -471,9 +472,9 @@ def facts(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, str]:
         "store": str(path),
         "model": f"{model.name} ({model.architecture}, {model.n_layers} layers, d_model {model.d_model})",
         "sites": short_list([f"{site.label} {site.shape} {site.dtype}" for site in manifest.sites]),
-        "rows": f"{manifest.rows:,} in {len(manifest.segments):,} segments ({state})",
-        "texts": f"{sum(part.documents for part in parts):,} documents, {sum(part.sequences for part in parts):,} "
-        f"sequences, {len(parts)} {'part' if len(parts) == 1 else 'parts'}",
+        "rows": f"{manifest.rows:,} in {counted(len(manifest.segments), 'segment')} ({state})",
+        "texts": f"{counted(sum(part.documents for part in parts), 'document')}, "
+        f"{counted(sum(part.sequences for part in parts), 'sequence')}, {counted(len(parts), 'part')}",
         "unembed": "yes" if manifest.has_unembed else f"none: {manifest.unembed_reason}",
     }
     if manifest.interventions:
@@ -491,8 +492,7 @@ def short_list(names: list[str], limit: int = 8) -> str:
     """Returns the number of names and the names, a long list shortened: "12: resid_post.0, ..., resid_post.11"."""
     if not names:
         return "none"
-    listed_names = names if len(names) <= limit else [*names[: limit - 2], "...", names[-1]]
-    return f"{len(names)}: {', '.join(listed_names)}"
+    return f"{len(names)}: {', '.join(names if len(names) <= limit else [*names[: limit - 2], '...', names[-1]])}"
 
 
 def _nearest_store(path: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,23 @@ class SiteMaps:
     """
 
     def __init__(
-        self, paths: Sequence[Path], starts: Int64[np.ndarray, " segments_plus_1"], row: tuple[int, ...], dtype: str
+        self,
+        paths: Sequence[Path],
+        starts: Int64[np.ndarray, " segments_plus_1"],
+        row: tuple[int, ...],
+        dtype: str,
+        opening: Callable[[int], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`paths` of the files; `starts`: first row of each, then the number of rows; `row`: shape of one row."""
-        self._paths, self._starts = paths, starts
+        """Maps nothing yet.
+
+        Args:
+            paths: The files.
+            starts: First row of each, then the number of rows.
+            row: Shape of one row.
+            dtype: Stored type.
+            opening: Gives the context in which a file, by its number, is opened.
+        """
+        self._paths, self._starts, self._opening = paths, starts, opening
         self._row, self._dtype = row, np.dtype(STORED[dtype][1])
         self._row_bytes = int(np.prod(row, dtype=np.int64)) * self._dtype.itemsize
         self._maps: list[np.ndarray | None] = [None] * len(paths)
@@ -43,15 +57,20 @@ class SiteMaps:
             return rows
         with self._lock:  # a map that another thread replaced would leave its address behind
             if (rows := self._maps[index]) is None:
-                rows = map_rows(self._paths[index])
-                expected = (int(self._starts[index + 1] - self._starts[index]), *self._row)
-                if rows.shape != expected or rows.dtype != self._dtype:
-                    raise DataError(
-                        f"{self._paths[index]} holds {rows.shape} {rows.dtype}, the manifest has {expected} "
-                        f"{self._dtype}; run workbench verify on its store"
-                    )
+                with self._opening(index):
+                    rows = self._map(index)
                 self._maps[index] = rows
                 self._addresses[index] = rows.__array_interface__["data"][0]
+        return rows
+
+    def _map(self, index: int) -> Shaped[np.ndarray, "row ..."]:
+        rows = map_rows(self._paths[index])
+        expected = (int(self._starts[index + 1] - self._starts[index]), *self._row)
+        if rows.shape != expected or rows.dtype != self._dtype:
+            raise DataError(
+                f"{self._paths[index]} holds {rows.shape} {rows.dtype}, the manifest has {expected} "
+                f"{self._dtype}; run workbench verify on its store"
+            )
         return rows
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row ..."]:

@@ -34,6 +34,7 @@ from workbench.store.new_columns import check_common_columns
 from workbench.store.reader import Store, open_store
 from workbench.store.staging import PlannedSegment
 from workbench.store.token_table import encode_tokens, read_tokens
+from workbench.store.unchanged import refuse_changed
 from workbench.store.unembedding import link_or_copy
 from workbench.store.writer import check_space, required_bytes
 
@@ -95,10 +96,7 @@ def _sources(stores: Stores) -> list[_Source]:
     if isinstance(stores, str | os.PathLike) or not isinstance(stores, Iterable):
         raise RequestError(f"stores must be a list of stores or of their paths, not {shown(stores)}")
     named = stores.items() if isinstance(stores, Mapping) else ((None, store) for store in stores)
-    paths = [(name, as_path("stores", store)) for name, store in named]
-    sources = [
-        _Source(path.name if name is None else name, path.absolute(), read_manifest(path)) for name, path in paths
-    ]
+    sources = [_source(name, store) for name, store in named]
     if len(sources) < 2:
         raise RequestError(f"stores: {len(sources)} given; merge takes two or more")
     names = [source.name for source in sources]
@@ -108,6 +106,13 @@ def _sources(stores: Stores) -> list[_Source]:
             "names to stores"
         )
     return sources
+
+
+def _source(name: str | None, store: str | os.PathLike[str]) -> _Source:
+    path = as_path("stores", store)
+    manifest = read_manifest(path)
+    refuse_changed(store, path, manifest)
+    return _Source(path.name if name is None else name, path.absolute(), manifest)
 
 
 def _check(sources: Sequence[_Source], column: str) -> None:

@@ -6,6 +6,7 @@ the values of each exactly: whole numbers become floats beside floats, and rows 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,10 +83,17 @@ def check_common_columns(stores: Sequence[tuple[Path, Manifest]]) -> pa.Schema:
         RequestError: A column that has no type which holds the values of all stores exactly.
     """
     recorded = [(path, manifest, part_columns(path, manifest)) for path, manifest in stores]
-    try:
-        columns = common_columns((schema for *_, parts in recorded for schema in parts.values()), "the stores")
-    except DataError as error:
-        raise RequestError(f"{str(error).partition(';')[0]}; merge stores whose columns agree") from None
+    kinds: dict[str, tuple[pa.DataType, Path]] = {}
+    for path, _, parts in recorded:
+        for field in itertools.chain(*parts.values()):
+            kind, first = kinds.get(field.name, (pa.null(), path))
+            if (common := _common_type(kind, field.type)) is None:
+                raise RequestError(
+                    f"stores: column {field.name!r} holds {_words(kind)} in {first} and {_words(field.type)} in "
+                    f"{path}; merge stores whose columns agree"
+                )
+            kinds[field.name] = (common, first if common.equals(kind) else path)
+    columns = pa.schema([(name, kind) for name, (kind, _) in kinds.items()])
     for path, manifest, parts in recorded:
         for part, schema in parts.items():
             files = segment_tables(path, [segment for segment in manifest.segments if segment.part == part])

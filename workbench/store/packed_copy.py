@@ -26,6 +26,7 @@ from workbench.store.manifest import (
     read_manifest,
     read_segment_record,
 )
+from workbench.store.unchanged import refuse_changed
 from workbench.store.writer import check_space
 
 _TAR = ".tar"
@@ -47,6 +48,7 @@ def pack(store: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """
     path, out = as_path("store", store).absolute(), as_path("out", out)
     manifest = read_manifest(path)
+    refuse_changed(store, path, manifest)
     if out.suffix == _TAR:
         if out.exists():
             raise RequestError(f"out={out} exists; choose another name")

@@ -27,6 +27,7 @@ from workbench.store.sql_tree import (
     allowed_clause,
     check_placeholders,
     check_repeatable,
+    parameter_values,
     parse_condition,
 )
 from workbench.store.token_table import read_schema, take_tokens
@@ -136,6 +137,7 @@ class _Tokens:
         """Returns the ids of the rows for which the condition is true."""
         if not predicate.strip():
             raise RequestError("query is empty; give an SQL condition, for example \"token = ' Monday'\"")
+        parameters = parameter_values(predicate, parameters)
         places = [place for folder in self.folders for place in (str(folder), _pattern(folder))]
         allowed = ", ".join("'" + place.replace("'", "''") + "'" for place in places)
         names = SqlNames(with_places(self.columns).names)

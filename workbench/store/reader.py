@@ -37,6 +37,7 @@ from workbench.store.row_array import RowArray
 from workbench.store.selected_rows import Rows, row_ids
 from workbench.store.temporary import TemporaryFolder, temporary_folder
 from workbench.store.token_table import read_tokens
+from workbench.store.unchanged import refuse_changed, unchanged
 from workbench.store.verify import verify
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class Store:
 
         Read at the first use, into about 60 bytes a row; `where` and `Rows.tokens` do not need it.
         """
-        tokens = read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
+        with unchanged(self.path, self.manifest):
+            tokens = read_tokens(segment_tables(self.path, self.manifest.segments), self._columns)
         return add_places(tokens, self.manifest.chosen)
 
     @overload
@@ -169,7 +171,8 @@ class Store:
         Raises:
             RequestError: A condition that DuckDB refuses; the text names the columns.
         """
-        return Rows(self, select_rows(self.path, self.manifest, predicate, parameters))
+        with unchanged(self.path, self.manifest):
+            return Rows(self, select_rows(self.path, self.manifest, predicate, parameters))
 
     def require_whole_sequences(self, purpose: str) -> None:
         """Raises RequestError for a store of chosen rows; `purpose` names what needs the others, "a future lens"."""
@@ -205,6 +208,7 @@ class Store:
         Raises:
             RequestError: A site that is not recorded, all sites, or a store that is not finished.
         """
+        refuse_changed(self, self.path, read_manifest(self.path))
         return replace(self, manifest=delete_sites(self.path, sites))
 
     def save(self, path: str | os.PathLike[str]) -> Store:
@@ -230,7 +234,8 @@ class Store:
     @cached_property
     def _columns(self) -> pa.Schema | None:
         """Columns of the token table; None: no rows."""
-        return store_columns(self.path, self.manifest)
+        with unchanged(self.path, self.manifest):
+            return store_columns(self.path, self.manifest)
 
     @cached_property
     def _maps(self) -> Callable[[SiteRecord], SiteMaps]:
@@ -241,7 +246,7 @@ class Store:
 
 def _open_maps(path: Path, manifest: Manifest, site: SiteRecord) -> SiteMaps:
     files = [path / SEGMENTS / segment.name / site.file for segment in manifest.segments]
-    return SiteMaps(files, manifest.starts, site.shape, site.dtype)
+    return SiteMaps(files, manifest.starts, site.shape, site.dtype, functools.partial(unchanged, path, manifest))
 
 
 StoreOrPath = Store | str | os.PathLike[str]

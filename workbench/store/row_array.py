@@ -69,11 +69,12 @@ class RowArray(ABC):
         return getattr(torch, self.site.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Returns all rows in memory for NumPy, which has no bfloat16: it becomes float32."""
+        """Returns all rows in memory for NumPy, in the stored type; bfloat16, which NumPy lacks, becomes float32."""
         if copy is False:
             raise ValueError(f"{self.site.label} is not in memory and cannot become an array without a copy")
         values = self[:]
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy().astype(dtype, copy=False)
+        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def __getitems__(self, ids: list[int]) -> list[Float[Tensor, ...]]:
         """Returns rows one by one, read together: a DataLoader of torch asks for its batches in this way."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench.io.checks import check, whole_number
 from workbench.io.errors import RequestError, shown
 from workbench.store.query import rows_of_tokens
+from workbench.store.unchanged import same_rows, unchanged
 
 if TYPE_CHECKING:
     from workbench.store.reader import Store
@@ -139,12 +140,15 @@ class Rows:
     @property
     def tokens(self) -> pa.Table:
         """Token table of these rows, in row order. Reads the tables of their segments."""
-        return rows_of_tokens(self.store.path, self.store.manifest, self.ids)
+        with unchanged(self.store.path, self.store.manifest):
+            return rows_of_tokens(self.store.path, self.store.manifest, self.ids)
 
     def ids_in(self, store: Store) -> Int64[np.ndarray, " row"]:
         """Returns the ids, if they are of this store: rows of another store are other tokens."""
         if self.store.path != store.path:
             raise RequestError(f"these rows are of {self.store.path}, not of {store.path}; select them there")
+        if not same_rows(self.store.manifest, store.manifest):
+            raise RequestError(f"these rows were selected before {store.path} was recorded anew; select them again")
         return self.ids
 
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from workbench.io.errors import RequestError
+from workbench.corpus.values import python_value
+from workbench.io.errors import RequestError, shown
 
 TABLE = "tokens"
 """Name of the token table in subqueries."""
@@ -58,6 +59,27 @@ def allowed_clause(
         if "from_table" in node and (name := _foreign(node["from_table"])):
             raise RequestError(f"query {predicate!r}: {name} in a subquery; the one table is {TABLE}")
     return f"{'QUALIFY' if window else 'WHERE'} ({condition}\n)"
+
+
+def parameter_values(predicate: str, parameters: Parameters) -> Parameters:
+    """Returns values of placeholders as DuckDB takes them: those of NumPy, pandas and torch as values of Python.
+
+    Raises:
+        RequestError: They are no list and no mapping; the text names the condition.
+    """
+    if isinstance(parameters, Mapping):
+        return {name: _value(value) for name, value in parameters.items()}
+    if isinstance(parameters, str | bytes) or not hasattr(parameters, "__iter__"):
+        raise RequestError(
+            f"query {predicate!r}: parameters must be a list of values, such as [' the'], or a mapping of names to "
+            f"values, not {shown(parameters)}"
+        )
+    return [_value(value) for value in parameters]
+
+
+def _value(value: Any) -> Any:
+    value = python_value(value)
+    return [_value(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_placeholders(tree: dict[str, Any], predicate: str, parameters: Parameters) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from workbench.io import files
+from workbench.io.counted import counted
 from workbench.io.errors import RequestError
 from workbench.io.parse import from_json, to_json
 from workbench.sites.settings import Recording
@@ -479,7 +480,8 @@ def _differences(existing: Mapping[str, object], requested: Mapping[str, object]
 
 
 def _texts(part: Part) -> str:
-    return f"{part.rows} rows of {part.sequences} sequences from {part.documents} documents"
+    rows, sequences = counted(part.rows, "row"), counted(part.sequences, "sequence")
+    return f"{rows} of {sequences} from {counted(part.documents, 'document')}"
 
 
 def explain_full_disk(path: Path, content: str, rows: int) -> AbstractContextManager[None]:
