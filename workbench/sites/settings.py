@@ -138,9 +138,10 @@ def _positions(keep: Any) -> tuple[Position, ...] | None:
         return None
     several = isinstance(keep, Iterable) and not isinstance(keep, str)
     positions = [-1 if position == "last" else position for position in (keep if several else (keep,))]
-    if not positions or not all(isinstance(place, Integral) and not isinstance(place, bool) for place in positions):
+    whole = [int(place) for place in positions if isinstance(place, Integral) and not isinstance(place, bool)]
+    if not whole or len(whole) < len(positions):
         raise RequestError(f"keep must be 'last' or positions, such as [0, -1], not {shown(keep)}")
-    return tuple(map(int, positions))
+    return tuple(whole)
 
 
 def _check_choices(fields: Mapping[str, Any]) -> None:
