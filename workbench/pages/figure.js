@@ -4,6 +4,7 @@ const NARROW = 520; // pixels: below, the key of a figure stands below its plot
 const TITLED = 760; // pixels that a title beside plotly's buttons needs
 const CHARACTER = 6.8; // width at 12 to 13 pixels
 const [KEY, KEY_LINE] = [48, 19]; // pixels of a line and its gap before a name, and of a line of names
+const STRIP = [60, 24]; // least width and height of a cell of a strip
 const [PANEL, SIDES, TICK, LABEL] = [220, 110, 34, 14]; // least width of a panel, what stands beside panels, a tick, a turned label
 
 function numbersOf(part) {
@@ -63,9 +64,38 @@ function wrapGrid({ data, layout }, room) {
   return { data: wrapped, layout: { ...layout, ...size, yaxis, xaxis } };
 }
 
-// A figure for `room` pixels: a grid of tokens in lines that fit, a figure that may shrink below NARROW with its key below.
+// A strip of tokens in lines that fit into `room` pixels: `restrip` of token_strip.py.
+function wrapStrip({ data: [heat], layout }, room) {
+  const { lines, positions, ends, runs } = layout.meta.strip;
+  const margin = { ...layout.margin, ...(room < NARROW && { l: 52, r: 4 }) };
+  const most = Math.floor((room - (margin.l ?? 70) - (margin.r ?? 30)) / STRIP[0]);
+  const line = Math.max(1, Math.min(most, Math.max(...lines.map((part) => part.length))));
+  const starts = [0, ...ends.map((end) => end + 1)];
+  const parts = starts.flatMap((first, at) => {
+    const paragraph = positions.map((_, index) => index).slice(first, starts[at + 1]);
+    return Array.from({ length: Math.ceil(paragraph.length / line) }, (_, row) => paragraph.slice(row * line, (row + 1) * line));
+  });
+  for (const part of parts) for (const [first, last] of runs) {
+    const inside = part.filter((index) => first <= index && index < last);
+    part.splice(part.findIndex((index) => inside.includes(index)), inside.length, ...inside.reverse());
+  }
+  const place = new Map(lines.flatMap((part, row) => part.map((index, column) => [index, [row, column]])));
+  const moved = (cells, fill) => parts.map((part) => [
+    ...part.map((index) => cells[place.get(index)[0]][place.get(index)[1]]), ...Array(line - part.length).fill(fill)]);
+  const wrapped = { ...heat, z: moved(numbersOf(heat.z), null), text: moved(heat.text, ""), customdata: moved(heat.customdata, ""),
+    x: [...Array(line).keys()], y: [...parts.keys()] };
+  const ticks = { tickvals: wrapped.y, ticktext: parts.map((part) => String(positions[Math.min(...part)])) };
+  const height = layout.height + STRIP[1] * (Math.max(2, parts.length) - Math.max(2, lines.length));
+  const size = { width: room, height, margin, title: room < NARROW ? undefined : layout.title };
+  const xaxis = { ...layout.xaxis, range: [-0.5, most - 0.5] };
+  return { data: [wrapped], layout: { ...layout, ...size, xaxis, yaxis: { ...layout.yaxis, ...ticks } } };
+}
+
+// A figure for `room` pixels: grids and strips of tokens in lines that fit, a figure that may shrink below NARROW with its key below.
 function fitFigure(figure, room, { fluid, width }) {
-  if (figure.layout.meta?.grid) return wrapGrid(figure, room);
+  const { grid, strip } = figure.layout.meta ?? {};
+  if (grid) return wrapGrid(figure, room);
+  if (strip && room < width) return wrapStrip(figure, room);
   return fluid && room < Math.min(NARROW, width) ? narrowFigure(figure, room, width) : figure;
 }
 
