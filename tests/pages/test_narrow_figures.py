@@ -14,6 +14,7 @@ from tests.support.browser import chromium, overlapping
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.token_grid import Marks, token_grid
 from workbench.figures.token_strip import restrip, token_strip
+from workbench.pages.report import Section, write_report
 
 PHONE = 390
 MEASURE = """(() => {
@@ -160,3 +161,16 @@ def test_lines_of_a_strip_fit_the_window_and_are_those_of_the_library(measured, 
     ]
     assert [text for text in drawn["texts"] if min(text[1:5]) < -1] == []
     assert overlapping(drawn["texts"]) == []
+
+
+def test_plotlys_buttons_cover_no_name_of_a_key_of_two_lines(tmp_path):
+    names = [f"a curve with a long name, {number}" for number in range(6)]
+    drawn = layer_curves({name: np.arange(4.0) for name in names}, layers=range(4), title="t", unit="ratio")
+    path = write_report([Section("part", figures={"a": drawn})], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(1000, 800)
+        page.open(path.as_uri())
+        page.wait("document.querySelector('.legend') && document.querySelector('.modebar-group')")
+        page.run("window.box = (name) => document.querySelector(name).getBoundingClientRect()")
+        assert page.run("box('.legend').height") > 30
+        page.wait("box('.legend .bg').top >= box('.modebar-group:last-child').bottom", 10)

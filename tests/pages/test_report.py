@@ -436,7 +436,7 @@ def test_a_printed_grid_of_tokens_is_as_large_as_longer_lines_allow(tmp_path):
         box = page.run(
             "document.querySelectorAll('.plot')[1].querySelector('.main-svg').getBoundingClientRect().toJSON()"
         )
-        scale = float(page.run("document.querySelectorAll('.plot')[1].style.getPropertyValue('--fit')"))
+        scale = float(page.run("place.style.getPropertyValue('--fit')"))
     assert scale >= 0.5  # lines of 8 tokens, which fit without a change of scale: less than 0.4
     assert box["width"] <= 681
     assert box["height"] <= 900

@@ -115,11 +115,10 @@ def is_strip(figure: go.Figure) -> bool:
 def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
     """Returns a copy of a strip in at most `most` lines of at most `line` tokens, and the number of tokens it holds."""
     copy, heat = ThemedFigure(figure.data, figure.layout.to_plotly_json()), figure.data[0]
-    lines, positions, ends, runs = (
-        figure.layout.meta["strip"][name] for name in ("lines", "positions", "ends", "runs")
-    )
+    strip = figure.layout.meta["strip"]
+    lines, positions = strip["lines"], strip["positions"]
     place = {index: (row, column) for row, part in enumerate(lines) for column, index in enumerate(part)}
-    parts = _lines(len(positions), line, ends, runs)[:most]
+    parts = _lines(len(positions), line, strip["ends"], strip["runs"])[:most]
 
     def moved(cells: Any, fill: Any) -> list[list[Any]]:
         return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in parts]

@@ -20,7 +20,8 @@ function numbersOf(part) {
 function wrapGrid({ data, layout }, room) {
   const { tokens, rows, cell: [width, row], names, words } = layout.meta.grid;
   const height = rows + 3;
-  const line = Math.max(1, Math.min(tokens, Math.floor((room - 100) / width)));
+  const sides = room < NARROW ? 64 : 100;
+  const line = Math.max(1, Math.min(tokens, Math.floor((room - sides) / width)));
   const lines = Math.ceil(tokens / line);
   const range = (count) => Array.from({ length: count }, (_, at) => at);
   const stack = (flat, fill, fine) => range(lines).reverse().flatMap((at) => flat.map((values) => {
@@ -56,11 +57,11 @@ function wrapGrid({ data, layout }, room) {
     tickvals: starts.flatMap((start) => shown.map(([number]) => start + number)),
     ticktext: starts.flatMap(() => shown.map(([, name]) => name)) };
   const least = layout.title?.text ? Math.min(TITLED, room) : 280;
-  const wide = Math.max(least, line * width + 100);
+  const wide = Math.max(least, line * width + sides);
   const key = layout.showlegend && wide < NARROW ? KEY_LINE : 0; // its two names stand below each other
-  const margin = { ...layout.margin, b: (layout.margin?.b ?? 60) + key };
+  const margin = { ...layout.margin, b: (layout.margin?.b ?? 60) + key, ...(room < NARROW && { l: 60, r: 4 }) };
   const size = { width: wide, height: layout.height + (lines - 1) * height * row + key, margin };
-  const xaxis = { ...layout.xaxis, range: [-0.5, (wide - 100) / width - 0.5] };
+  const xaxis = { ...layout.xaxis, range: [-0.5, (wide - sides) / width - 0.5] };
   return { data: wrapped, layout: { ...layout, ...size, yaxis, xaxis } };
 }
 
@@ -212,6 +213,21 @@ function narrowFigure({ data: drawn, layout: given }, room, fullWidth) {
   return { data, layout: { ...layout, ...rest, ...axes, ...size, title: undefined } };
 }
 
+// Moves a plot down whose key stands under plotly's buttons.
+function clearKey(plot, tries = 3) {
+  const boxes = [".legend .bg", ".modebar-group:last-child", ".modebar-group"].map((name) => plot.querySelector(name)?.getBoundingClientRect());
+  const [key, last, first] = boxes;
+  if (!tries || !key || !last?.height || key.top >= last.bottom || key.bottom <= last.top || key.right < first.left) return;
+  const more = Math.ceil(last.bottom - key.top), { margin, height } = plot._fullLayout;
+  const moved = Plotly.relayout(plot, { "margin.t": margin.t + more, height: height + more });
+  moved.then(() => requestAnimationFrame(() => clearKey(plot, tries - 1))); // the buttons may have become higher
+}
+
+function afterDrawing(plot) {
+  watchHeads(plot);
+  requestAnimationFrame(() => clearKey(plot)); // the buttons have their place with the next picture
+}
+
 // Plotly's buttons, without its logo; a phone has no room for them.
 const optionsFor = (room) => ({ displaylogo: false, showTips: false, ...(room < 480 && { displayModeBar: false }) });
 
@@ -226,7 +242,7 @@ function showFigure(plot, figure) {
   const draw = () => {
     const room = plot.parentElement.clientWidth;
     const { data, layout } = fitFigure(room < NARROW ? untitled(figure) : figure, room, figure);
-    Plotly.react(plot, data, layout, optionsFor(room)).then(() => watchHeads(plot));
+    Plotly.react(plot, data, layout, optionsFor(room)).then(() => afterDrawing(plot));
   };
   let waiting;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 150); });

@@ -36,7 +36,7 @@ function draw(place, dark, paper = false) {
   place.style.setProperty("--fit", fitOf(width, layout.height ?? figure.height, sheet).toFixed(3));
   drawings.set(place, { width, dark, wrapped: Boolean(figure.layout.meta?.grid ?? figure.layout.meta?.strip) });
   const plot = place.firstElementChild;
-  Plotly.react(plot, data, { ...layout, width }, optionsFor(room)).then(() => watchHeads(plot));
+  Plotly.react(plot, data, { ...layout, width }, optionsFor(room)).then(() => afterDrawing(plot));
 }
 
 const near = new IntersectionObserver((entries) => {
