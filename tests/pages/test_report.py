@@ -433,10 +433,9 @@ def test_a_printed_grid_of_tokens_is_as_large_as_longer_lines_allow(tmp_path):
         page.ask("Emulation.setEmulatedMedia", media="print")
         page.run("dispatchEvent(new Event('beforeprint'))")
         page.wait("document.querySelectorAll('.plot .main-svg').length >= 6")
-        box = page.run(
-            "document.querySelectorAll('.plot')[1].querySelector('.main-svg').getBoundingClientRect().toJSON()"
-        )
-        scale = float(page.run("place.style.getPropertyValue('--fit')"))
+        drawn_at = "document.querySelectorAll('.plot')[1]"
+        box = page.run(f"{drawn_at}.querySelector('.main-svg').getBoundingClientRect().toJSON()")
+        scale = float(page.run(f"{drawn_at}.style.getPropertyValue('--fit')"))
     assert scale >= 0.5  # lines of 8 tokens, which fit without a change of scale: less than 0.4
     assert box["width"] <= 681
     assert box["height"] <= 900
