@@ -433,7 +433,9 @@ def _precision(result: Result) -> go.Figure:
             at = at_horizon.sel({"method": method, "k": 1})
             curves.append(Curve(name, at["precision"].to_numpy(), colour, ends=recorded_ends(at, "precision")))
             baseline = float(at["bigram_precision"])
-            curves.append(Curve(f"bigram baseline, {name}", baseline, colour, dash="dash", group=name, legend=False))
+            ends = recorded_ends(at, "bigram_precision")
+            shown: dict[str, Any] = {"dash": "dash", "group": name, "legend": False}
+            curves.append(Curve(f"bigram baseline, {name}", baseline, colour, ends=ends, **shown))
         panels.append(Panel(f"{method} probe", curves))
     documents, seen_note = int(data["documents"]), ""
     bands = "; bands: 95 % intervals over these" * (recorded_ends(data, "precision") is not None)

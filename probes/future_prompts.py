@@ -89,7 +89,9 @@ VARIABLES = (
     Variable("validation_precision", _READ, _SHARE, "precision at 1 on the validation tokens"),
     Variable("best_prompt", _BEST, "index on the prompt axis", "prompt with the best validation_precision"),
     Variable("best_layer", _BEST, "layer", "layer with the best validation_precision, at N = 0 before the output"),
-    Variable("bigram_precision", _BEST, _SHARE, "precision at 1 from the last known token, T or (forced) T+N"),
+    *with_interval(
+        Variable("bigram_precision", _BEST, _SHARE, "precision at 1 from the last known token, T or (forced) T+N")
+    ),
     Variable("bigram_seen", _BEST, _SHARE, "test tokens whose last known token some training row has"),
     Variable("rows", (), "tokens", "test tokens"),
     Variable("validation_rows", (), "tokens", "tokens that choose prompt, layer and epoch"),
@@ -418,8 +420,9 @@ def _arrays(
     surprisal = [task.surprisal(top[:, n], tested, n) for n in range(horizons)]
     arrays["surprisal"] = np.stack(surprisal, axis=-1).reshape(*shape, horizons)
     bigrams = [[task.bigram(tested, n, known=n if forced else 0) for n in range(horizons)] for forced in (True, False)]
-    right = [[(bigram.prediction == targets[n]).mean() for n, bigram in enumerate(part)] for part in bigrams]
-    arrays["bigram_precision"] = np.array(right)
+    right = np.array([[bigram.prediction == targets[n] for n, bigram in enumerate(part)] for part in bigrams])
+    low, high = clustered_ends(np.moveaxis(right, -1, 0), task.rows.document[tested], seed=seed)
+    arrays |= {"bigram_precision": right.mean(-1), "bigram_precision_low": low, "bigram_precision_high": high}
     arrays["bigram_seen"] = np.array([[bigram.seen.mean() for bigram in part] for part in bigrams])
     counts = {"rows": tested, "validation_rows": tokens.validation, "training_rows": tokens.training}
     arrays |= {name: np.array(len(rows)) for name, rows in counts.items()}

@@ -349,6 +349,6 @@ def _tokens(result: Result) -> Any:
         positions=data["place"].to_numpy()[rows].tolist(),
         title=f"Attribution of a prompt's tokens in {label(str(result.provenance['model']), 60)}",
         subtitle=f"mean over the {counted(result.provenance['settings']['heads'], 'head')} with the largest relative "
-        "contextualization; white: a sink",
+        "contextualization; blank: a sink",
         unit=axis_title(data["attribution"].attrs),
     )

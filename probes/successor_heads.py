@@ -465,7 +465,7 @@ def _circuit_map(result: Result) -> go.Figure:
         )
     )
     head = head_name(int(values.attrs["layer"]), int(values.attrs["head"]))
-    subtitle = f"{head}, task: {values.attrs['task']}; white: the mean, {float(values.mean()):.3g} logits"
+    subtitle = f"{head}, task: {values.attrs['task']}; no colour: the mean, {float(values.mean()):.3g} logits"
     title = {"text": f"{_title(result)}: OV circuit", "subtitle": {"text": subtitle}}
     figure.update_layout(title=title, width=640, height=620, margin={"t": 110})
     step = max(1, len(words) // 30)

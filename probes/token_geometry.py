@@ -39,11 +39,13 @@ from workbench.probing import (
     blocks,
     check,
     check_fields,
+    clustered_ends,
     clustered_means,
     counted,
     dataset,
     distinct,
     error_bars,
+    error_bars_of,
     gaussian_like,
     gride,
     integer_step,
@@ -56,6 +58,7 @@ from workbench.probing import (
     neighbourhood_overlap,
     next_tokens,
     plain_torch,
+    recorded_ends,
     require_causal,
     resampled_means,
     select_sequences,
@@ -86,7 +89,7 @@ _VARIABLES: tuple[Variable, ...] = (
     *with_interval(
         Variable("loss_correlation", _LAYER, "1", "Pearson, log dimension (n = 1) and loss, in groups", "0")
     ),
-    Variable("group_dimension", _GROUP, "dimensions", "intrinsic_dimension at n = 1 in each group"),
+    *with_interval(Variable("group_dimension", _GROUP, "dimensions", "intrinsic_dimension at n = 1 in each group")),
     Variable("group_overlap", _GROUP, "share of neighbours", "overlap in each group"),
     Variable("group_cosine", _GROUP, "1", "cosine in each group"),
     Variable("group_sequences", ("group",), "sequences", "sequences of each group"),
@@ -275,6 +278,9 @@ def _averages(probe: TokenGeometry, values: Mapping[str, np.ndarray], sequences:
         parts |= {name: values[name] for name in ("overlap", "cosine")}
         for name, part in parts.items():
             arrays[f"group_{name}"] = np.stack([part[mask].mean(0) for mask in masks])
+        settings = {"resamples": probe.resamples, "seed": probe.seed}
+        parted = [clustered_ends(parts["dimension"][mask], sequences.document[mask], **settings) for mask in masks]
+        arrays |= dict(zip(("group_dimension_low", "group_dimension_high"), np.stack(parted, 1), strict=True))
         arrays["group_sequences"] = [int(mask.sum()) for mask in masks]
     return arrays
 
@@ -346,9 +352,12 @@ def _overlap(result: Result) -> go.Figure:
 
 def _groups(result: Result) -> go.Figure:
     data = result.data
-    names, values = data["group"].to_numpy().tolist(), data["group_dimension"]
-    lines = [_line(data, values.sel(group=name), label(str(name))) for name in names]
-    return _curves(lines, result, "Intrinsic dimension by group", "intrinsic dimension")
+    lines = []
+    for name in data["group"].to_numpy().tolist():
+        at, ends = data.sel(group=name), error_bars_of(data.sel(group=name), "group_dimension")
+        lines.append(_line(data, at["group_dimension"], label(str(name)), error_y=ends))
+    known = recorded_ends(data, "group_dimension") is not None
+    return _curves(lines, result, "Intrinsic dimension by group", "intrinsic dimension", known)
 
 
 def _line(data: xr.Dataset, values: Any, name: str, mode: str = "lines+markers", **style: Any) -> go.Scatter:
@@ -359,10 +368,10 @@ def _reference(data: xr.Dataset, variable: str, name: str) -> go.Scatter:
     return _line(data, data[variable], name, "lines", line={"color": NEUTRAL, "dash": "dash"})
 
 
-def _curves(lines: Sequence[go.Scatter], result: Result, title: str, unit: str) -> go.Figure:
+def _curves(lines: Sequence[go.Scatter], result: Result, title: str, unit: str, known: bool = True) -> go.Figure:
     data, settings = result.data, result.provenance["settings"]
     points = f"{counted(settings['length'] - settings['skip'], 'token')} of {counted(data['sequences'], 'sequence')}"
-    text = f"{points}; 95 % intervals over documents"
+    text = points + "; 95 % intervals over documents" * known
     layout = {
         "title": {"text": f"{title} in {label(str(result.provenance['model']), 60)}", "subtitle": {"text": text}},
         "margin": {"t": 120},

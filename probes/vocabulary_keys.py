@@ -36,9 +36,11 @@ from workbench.probing import (
     ThemedFigure,
     Unembed,
     Variable,
+    band_traces,
     blocks,
     central,
     check_fields,
+    clustered_ends,
     clustered_interval,
     counted,
     dataset,
@@ -46,6 +48,7 @@ from workbench.probing import (
     next_tokens,
     plain_torch,
     progress,
+    recorded_ends,
     selected_rows,
     with_interval,
     with_note,
@@ -57,15 +60,25 @@ _ROUNDS = 15
 _BLOCK = 1 << 24  # distances in memory at a time
 
 VARIABLES = (
-    Variable(
-        "share_main", ("rank",), "share of tokens", "with the token of this rank in a main cluster", "share_permuted"
+    *with_interval(
+        Variable(
+            "share_main",
+            ("rank",),
+            "share of tokens",
+            "with the token of this rank in a main cluster",
+            "share_permuted",
+        )
     ),
     Variable("share_permuted", ("rank",), "share of tokens", "the same with clusters permuted, their sizes kept"),
     *with_interval(
         Variable("mean_share", (), "share", "mean of share_main over ranks 11 to 100", "mean of share_permuted")
     ),
     Variable("seed_spread", (), "share", "largest difference of that mean between seeds of k-means", "0"),
-    Variable("cosine", ("rank",), "cosine", "mean cosine of this rank's key to the key of the first", "cosine_random"),
+    *with_interval(
+        Variable(
+            "cosine", ("rank",), "cosine", "mean cosine of this rank's key to the key of the first", "cosine_random"
+        )
+    ),
     Variable("cosine_random", (), "cosine", "mean cosine of random keys to the key of the first"),
     *with_interval(Variable("spearman", (), "correlation", "of rank and that cosine, mean over tokens", "0")),
     Variable("next_main", (), "share of candidates", "candidates in main clusters that are the next token"),
@@ -151,7 +164,8 @@ class VocabularyKeys(StoreProbe):
         means = [part["mean_share"] for part in parts]
         arrays |= {"seed_spread": max(means) - min(means), "clusters": number, "rows": len(rows.rows)}
         arrays |= _cosines(unembed, ranked, documents, self.seed) | {"nonfinite_rows": len(rows.left_out)}
-        full = {name: np.full(_RANKS - 1, np.nan) for name in ("share_main", "share_permuted")}
+        names = ("share_main", "share_main_low", "share_main_high", "share_permuted")
+        full = {name: np.full(_RANKS - 1, np.nan) for name in names}
         for name, values in full.items():
             values[_MAIN - 1 :] = arrays[name]
         data = dataset(self.variables, arrays | full, {"rank": np.arange(2, _RANKS + 1)})
@@ -173,6 +187,7 @@ class VocabularyKeys(StoreProbe):
         shares = [float(hits[known][part].mean()) if part.any() else np.nan for part in candidates]
         return {
             "share_main": main.mean(0),
+            **_ends("share_main", main, documents, self.seed),
             "share_permuted": permuted.mean(0),
             "mean_share": mean,
             "mean_share_low": low,
@@ -209,6 +224,8 @@ class VocabularyKeys(StoreProbe):
         ranks = data["rank"].to_numpy()
         about = f"{counted(data['rows'], 'token')}, {counted(data['clusters'], 'cluster')}"
         later = ranks > _MAIN
+        ends = {name: recorded_ends(data, name) for name in ("share_main", "cosine")}
+        share, cosine = (about + "; band: 95 % CI over documents" * (ends[name] is not None) for name in ends)
         return {
             "share": _curves(
                 {
@@ -217,8 +234,9 @@ class VocabularyKeys(StoreProbe):
                 },
                 ranks[later],
                 title="Tokens from the clusters of the first ten, by rank",
-                subtitle=f"{about}, mean of {result.provenance['settings']['seeds']} seeds of k-means",
+                subtitle=f"{share}; mean of {result.provenance['settings']['seeds']} seeds of k-means",
                 names=("rank", "share of tokens"),
+                ends=ends["share_main"] and tuple(end[later] for end in ends["share_main"]),
             ),
             "cosine": _curves(
                 {
@@ -227,8 +245,9 @@ class VocabularyKeys(StoreProbe):
                 },
                 ranks,
                 title="Cosine of a key to the key of the first token, by rank",
-                subtitle=about,
+                subtitle=cosine,
                 names=("rank", "cosine"),
+                ends=ends["cosine"],
             ),
         }
 
@@ -263,6 +282,12 @@ def _interval(values: Float[np.ndarray, " row"], documents: np.ndarray, seed: in
     """Mean and its 95 % interval over documents."""
     interval = clustered_interval(values, documents, resamples=_RESAMPLES, seed=seed)
     return float(values.mean()), interval.low, interval.high
+
+
+def _ends(name: str, values: np.ndarray, documents: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The ends of the 95 % intervals over documents of the means of columns, by their names in the result."""
+    low, high = clustered_ends(values, documents, resamples=_RESAMPLES, seed=seed)
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def _ratio(main: np.ndarray, hits: np.ndarray, documents: np.ndarray, seed: int) -> tuple[float, float, float]:
@@ -300,6 +325,7 @@ def _cosines(unembed: Unembed, ranked: np.ndarray, documents: np.ndarray, seed: 
     mean, low, high = _interval(correlations, documents, seed)
     return {
         "cosine": cosine.mean(0),
+        **_ends("cosine", cosine, documents, seed),
         "cosine_random": float((units[random_keys] * first).sum(1).mean()),
         "spearman": mean,
         "spearman_low": low,
@@ -355,8 +381,10 @@ def _assign(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, torch.cat([part.values for part in parts]) + x.square().sum(1)
 
 
-def _curves(curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitle: str, names: tuple[str, str]) -> Any:
-    """A line and its control over common horizontal values; `names` title the axes."""
+def _curves(
+    curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitle: str, names: tuple[str, str], ends: Any
+) -> Any:
+    """A line with the ends of its interval, and its control, over common horizontal values; `names` title the axes."""
     import plotly.graph_objects as go
 
     lines = [
@@ -365,7 +393,7 @@ def _curves(curves: Mapping[str, np.ndarray], x: np.ndarray, title: str, subtitl
             curves.items(), ({"color": CATEGORIES[0]}, {"color": NEUTRAL, "dash": "dash"}), strict=True
         )
     ]
-    figure = ThemedFigure(lines)
+    figure = ThemedFigure([*band_traces(lines[0], ends), lines[1]])
     figure.update_layout(
         title={"text": title, "subtitle": {"text": subtitle}},
         height=460,

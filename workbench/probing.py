@@ -176,7 +176,7 @@ if TYPE_CHECKING:
     from workbench.corpus.tokenizer import token_of_text, token_texts
     from workbench.figures.attention_map import head_attention
     from workbench.figures.colour_limits import colour_limits
-    from workbench.figures.error_bars import error_bars
+    from workbench.figures.error_bars import band_traces, error_bars
     from workbench.figures.group_intervals import group_intervals
     from workbench.figures.head_grid import head_grid, head_hover, head_name, with_side_panel
     from workbench.figures.labelled_points import category_points, labelled_histogram, labelled_scatter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from workbench.figures import theme
 from workbench.figures.contrast import contrast, contrasts, main
 
 
@@ -27,3 +28,12 @@ def test_text_and_lines_are_legible_on_both_pages(capsys):
     assert [line for line in table if line.least < line.needed] == []
     main()
     assert len(capsys.readouterr().out.splitlines()) == len(table) + 2
+
+
+@pytest.mark.parametrize(("template", "page"), [(theme.TEMPLATE, theme.PAGE), (theme.DARK, theme.DARK_PAGE)])
+def test_intervals_of_bars_are_visible_on_the_page(template, page):
+    """plotly's own colour of them, #444, has 1.9 on the dark page."""
+    (bar,) = template.data.bar
+    page = {"white": "#ffffff"}.get(page, page)
+    assert contrast(bar.error_x.color, page) >= 3
+    assert contrast(bar.error_y.color, page) >= 3

@@ -13,7 +13,7 @@ from workbench.figures.readable import (
     byte_tokens,
     readable_tokens,
     readable_window,
-    visual_order,
+    right_to_left_runs,
     vocabulary_texts,
 )
 
@@ -66,12 +66,12 @@ def test_any_text_of_bytes_is_read_back(text, size):
         assert "".join(texts) == text
 
 
-def test_runs_from_right_to_left_are_reversed():
-    assert visual_order(["a", " ", "ש", "ל", " ", "ם", ".", "b"]) == [0, 1, 5, 4, 3, 2, 6, 7]
-    assert visual_order(["مر", "حبا", " 12"]) == [1, 0, 2]
-    assert visual_order(["a", "b"]) == [0, 1]
-    assert visual_order(["a", "ש", CONTINUED, "ל", CONTINUED]) == [0, 4, 3, 2, 1]  # its second half, too
-    assert visual_order([]) == []
+def test_runs_from_right_to_left():
+    assert right_to_left_runs(["a", " ", "ש", "ל", " ", "ם", ".", "b"]) == [slice(2, 6)]
+    assert right_to_left_runs(["مر", "حبا", " 12"]) == [slice(0, 2)]
+    assert right_to_left_runs(["a", "b"]) == []
+    assert right_to_left_runs(["a", "ש", CONTINUED, "ל", CONTINUED]) == [slice(1, 5)]  # its second half, too
+    assert right_to_left_runs([]) == []
 
 
 @pytest.mark.parametrize("first", range(1, 7))

@@ -74,6 +74,17 @@ def test_the_index_in_a_browser(hostile_features, tmp_path):
         assert {address for address in tab.requests if "favicon" not in address} == {index.as_uri(), page.as_uri()}
 
 
+def test_an_index_without_labels_fits_a_phone(hostile_features, tmp_path):
+    (index,) = wb.feature_pages(hostile_features[0], tmp_path / "pages", [])
+    with chromium() as tab:
+        tab.size(390, 800, mobile=True)
+        tab.open(index.as_uri())
+        tab.run("data.words = data.words.map(() => ' gardener'); draw()")
+        assert tab.run("document.querySelector('.wide').scrollWidth <= document.querySelector('.wide').clientWidth")
+        assert tab.run("document.querySelector('th:last-child').getBoundingClientRect().right") <= 390
+        assert tab.run("getComputedStyle(document.querySelector('th:nth-child(4)')).display") == "none"
+
+
 def test_bytes_of_split_characters_are_no_letters(hostile_features, monkeypatch):
     features, _, _ = hostile_features
     words = list(features.texts.words)

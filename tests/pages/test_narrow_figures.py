@@ -13,6 +13,8 @@ import workbench as wb
 from tests.support.browser import chromium, overlapping
 from workbench.figures.layer_curves import layer_curves
 from workbench.figures.token_grid import Marks, token_grid
+from workbench.figures.token_strip import restrip, token_strip
+from workbench.pages.report import Section, write_report
 
 PHONE = 390
 MEASURE = """(() => {
@@ -23,7 +25,8 @@ MEASURE = """(() => {
     return [text.textContent, box.left - page.left, box.top - page.top, page.right - box.right,
       page.bottom - box.bottom, box.width, box.height];
   }).filter(text => text[5] > 0);
-  return JSON.stringify({ texts, width, plot: [_size.w, _size.h], page: document.documentElement.scrollWidth });
+  const cells = plot.data.map(({ text, customdata, z }) => ({ text, customdata, z: z?.bdata ? null : z }));
+  return JSON.stringify({ texts, cells, width, plot: [_size.w, _size.h], page: document.documentElement.scrollWidth });
 })()"""
 
 
@@ -33,6 +36,13 @@ def grid(tokens: int) -> go.Figure:
     marked = np.ones((4, tokens), bool)
     title = {"title": "Lens of a model, resid_post", "subtitle": f"cell: {'a word ' * 15}", "unit": "probability"}
     return token_grid(np.zeros((4, tokens)), cells=texts, hover=texts, marks=Marks(marked, marked), **names, **title)
+
+
+def strip() -> go.Figure:
+    """Two paragraphs, the second with a run from right to left that no line of four tokens holds."""
+    words = [*(f"{at:09}" for at in range(10)), "\n", "a", "b", *(chr(0x5D0 + at) * 4 for at in range(7)), "c"]
+    title = {"title": "t", "subtitle": "s", "unit": "nats"}
+    return token_strip(np.arange(21) / 10, tokens=words, positions=range(100, 121), **title)
 
 
 def series() -> go.Figure:
@@ -73,7 +83,7 @@ def measured(tmp_path_factory):
     """What is drawn of each figure by its name and the width of the window."""
     folder = tmp_path_factory.mktemp("narrow")
     figures = {name: draw() for name, draw in (SINGLE | {"panels": panels}).items()}
-    figures |= {f"grid-{tokens}": grid(tokens) for tokens in (3, 20)}
+    figures |= {f"grid-{tokens}": grid(tokens) for tokens in (3, 20)} | {"strip": strip()}
 
     class Every:
         def figures(self):
@@ -83,7 +93,7 @@ def measured(tmp_path_factory):
     seen = {}
     with chromium() as page:
         for name in figures:
-            for width in (PHONE, 900):
+            for width in (PHONE, 640 if name == "strip" else 900):
                 page.size(width, 800, mobile=width == PHONE)
                 page.open((folder / f"{name}.html").as_uri())
                 page.wait("document.querySelector('#figure .main-svg')")
@@ -136,3 +146,31 @@ def test_a_grid_of_few_tokens_is_as_wide_as_its_title():
         axis, width = figure.layout.xaxis, figure.layout.width
         assert width == 760
         assert (axis.range[1] - axis.range[0]) * 66 == pytest.approx(width - 100)
+
+
+@pytest.mark.parametrize(("width", "line"), [(PHONE, 5), (640, 8)])
+def test_lines_of_a_strip_fit_the_window_and_are_those_of_the_library(measured, width, line):
+    drawn = measured["strip", width]
+    assert drawn["width"] <= width
+    assert drawn["page"] == width
+    (heat,) = restrip(strip(), line, 99)[0].data
+    assert drawn["cells"][0]["text"] == [list(row) for row in heat.text]
+    assert drawn["cells"][0]["customdata"] == [list(row) for row in heat.customdata]
+    assert [[value for value in row if value is not None] for row in drawn["cells"][0]["z"]] == [
+        [value for value in row if not np.isnan(value)] for row in np.array(heat.z, float)
+    ]
+    assert [text for text in drawn["texts"] if min(text[1:5]) < -1] == []
+    assert overlapping(drawn["texts"]) == []
+
+
+def test_plotlys_buttons_cover_no_name_of_a_key_of_two_lines(tmp_path):
+    names = [f"a curve with a long name, {number}" for number in range(6)]
+    drawn = layer_curves({name: np.arange(4.0) for name in names}, layers=range(4), title="t", unit="ratio")
+    path = write_report([Section("part", figures={"a": drawn})], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(1000, 800)
+        page.open(path.as_uri())
+        page.wait("document.querySelector('.legend') && document.querySelector('.modebar-group')")
+        page.run("window.box = (name) => document.querySelector(name).getBoundingClientRect()")
+        assert page.run("box('.legend').height") > 30
+        page.wait("box('.legend .bg').top >= box('.modebar-group:last-child').bottom", 10)

@@ -19,7 +19,7 @@ import workbench as wb
 from workbench.cli.main import main
 from workbench.embedded import MODEL
 from workbench.figures.theme import PROBABILITY, TEMPLATE, to_dark
-from workbench.figures.token_grid import rewrap
+from workbench.figures.token_grid import rewrap, token_grid
 from workbench.io.errors import RequestError
 from workbench.pages.report import ROWS, Section, section, write_report
 from workbench.probes import AttentionSinks, LogitLens
@@ -383,14 +383,59 @@ def test_a_printed_table_goes_on_below_with_every_column_whole(tmp_path):
 
 def test_printed_figures_leave_room_for_their_heading(tmp_path):
     figures = {str(height): figure(width=600).update_layout(height=height) for height in (450, 800, 1600)}
-    path = write_report([Section("part", figures=figures)], tmp_path / "page.html", title="t")
+    first = {"first": figure(width=600).update_layout(height=1600)}
+    sections = [Section("part", figures=figures), Section("high", figures=first)]
+    path = write_report(sections, tmp_path / "page.html", title="t")
     with chromium() as page:
         page.size(700, 900)
         page.open(path.as_uri())
         page.ask("Emulation.setEmulatedMedia", media="print")
         page.run("dispatchEvent(new Event('beforeprint'))")
-        page.wait("document.querySelectorAll('.plot .main-svg').length >= 3")
+        page.wait("document.querySelectorAll('.plot .main-svg').length >= 4")
         heights = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.getBoundingClientRect().height)")
     assert heights[0] <= 345
     assert heights[1] <= 560
-    assert heights[2] <= 900
+    assert 640 < heights[2] <= 900
+    assert heights[3] <= 641  # below the heading of its result
+
+
+def test_printed_results_follow_each_other_and_headings_stay_with_their_figure(tmp_path):
+    """Pages of the results, by the destinations of the links to them: [page, points from its foot]."""
+    lines = [("name", "1", "meaning")] * 3
+    short = [Section(f"part {number}", ["A headline."], controls=lines) for number in range(2)]
+    plots = {name: figure(width=600).update_layout(height=450) for name in "ab"}
+    path = write_report([*short, Section("drawn", ["A headline."], plots)], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.open(path.as_uri())
+        pdf = page.pdf()
+    found = re.findall(rb"/part-(\d+) \[(\d+) 0 R ?/XYZ [\d.]+ ([\d.]+)", pdf)
+    places = {int(part): (int(sheet), float(top)) for part, sheet, top in found}
+    assert places[0][0] == places[1][0] != places[2][0]
+    assert places[2][1] == 792  # the top: its first figure does not fit below the others
+
+
+def test_a_printed_grid_of_tokens_is_as_large_as_longer_lines_allow(tmp_path):
+    drawn = token_grid(
+        np.zeros((30, 28)),
+        tokens=[f"in{at}" for at in range(28)],
+        positions=range(28),
+        layers=range(30),
+        title="t",
+        subtitle="s",
+        unit="probability",
+        cells=[["word"] * 28] * 30,
+        hover=[["word"] * 28] * 30,
+    )
+    path = write_report([Section("part", figures={"a": figure(), "b": drawn})], tmp_path / "page.html", title="t")
+    with chromium() as page:
+        page.size(700, 900)
+        page.open(path.as_uri())
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        page.wait("document.querySelectorAll('.plot .main-svg').length >= 6")
+        drawn_at = "document.querySelectorAll('.plot')[1]"
+        box = page.run(f"{drawn_at}.querySelector('.main-svg').getBoundingClientRect().toJSON()")
+        scale = float(page.run(f"{drawn_at}.style.getPropertyValue('--fit')"))
+    assert scale >= 0.5  # lines of 8 tokens, which fit without a change of scale: less than 0.4
+    assert box["width"] <= 681
+    assert box["height"] <= 900

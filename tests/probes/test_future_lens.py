@@ -458,5 +458,9 @@ def test_result_table_and_figures(result, tmp_path):
     curves = {line.name: line.y for line in again.figure("precision").data}
     np.testing.assert_allclose(curves["t+2"], result.data["precision"].sel({"method": "linear", "horizon": 1, "k": 1}))
     np.testing.assert_allclose(curves["bigram baseline, t+2"], float(result.data["bigram_precision"][1]))
+    (baseline,) = (line for line in again.figure("precision").data if line.name == "bigram baseline, t+2")
+    for end, error, sign in (("low", "arrayminus", -1), ("high", "array", 1)):
+        expected = float(result.data[f"bigram_precision_{end}"][1])
+        np.testing.assert_allclose(baseline.y + sign * baseline.error_y[error], expected)
     np.testing.assert_array_equal(again.figure("view").data[0].text, result.figure("view").data[0].text)
     assert {line.name for line in again.figure("calibration").data} >= {"perfect calibration", "t+2, layer 0"}

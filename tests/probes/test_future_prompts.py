@@ -16,6 +16,7 @@ from workbench.analysis.future import future_rows
 from workbench.io.errors import RequestError
 from workbench.model.load import Model
 from workbench.probes.future_prompts import LEARNED, REGIMES, FuturePrompts
+from workbench.results.bootstrap import clustered_interval
 from workbench.store.lost_values import finite_rows
 from workbench.testing import ProbeContract
 
@@ -214,6 +215,10 @@ def test_bigrams_of_the_last_known_token(store, model, result):
             most = np.flatnonzero(counts == counts.max())
             right.append(most[overall[most].argmax()] == predicted[row + 2])
         assert float(result.data["bigram_precision"].sel(regime=regime, horizon=2)) == pytest.approx(np.mean(right))
+        documents = store.tokens["document"].to_numpy()[rows]
+        found = [float(result.data[f"bigram_precision_{end}"].sel(regime=regime, horizon=2)) for end in ("low", "high")]
+        interval = clustered_interval(np.array(right, float), documents)
+        assert found == pytest.approx([interval.low, interval.high], abs=0.05)
 
 
 def test_the_best_is_chosen_on_validation_tokens(result):
@@ -306,7 +311,9 @@ def test_result_table_figures_and_headline(result, tmp_path):
     assert FuturePrompts.headline(result).startswith("Top-1 accuracy at t+2: teacher-forced ")
     assert "test documents, fewer than 10" in FuturePrompts.headline(result)
     figures = FuturePrompts.figures(result)
-    assert len(figures["precision"].data) == 2 * 4 * (3 * 3 + 1)  # band, curve, zero state; bigram
+    assert len(figures["precision"].data) == 2 * 4 * (3 * 3 + 2)  # band, curve, zero state; band, bigram
+    old = replace(result, data=data.drop_vars(["bigram_precision_low", "bigram_precision_high"]))
+    assert len(FuturePrompts.figures(old)["precision"].data) == 2 * 4 * (3 * 3 + 1)
     np.testing.assert_array_equal(
         figures["precision"].data[1].y,
         data["precision"].sel(prompt=FEW.prompts[0], regime="teacher-forced", horizon=0, k=1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,23 @@ def test_planted_clouds(planted):
     assert abs(float(data["cosine"][2])) < 0.1
     assert data["group_sequences"].to_numpy().tolist() == [3, 3]
     np.testing.assert_allclose(data["group_dimension"].mean("group"), dimension)
+
+
+def test_groups_have_intervals_over_their_documents(planted):
+    """Means of resamples of three sequences lie between the smallest and the largest of them."""
+    result = run(planted, skip=0, group="kind")
+    data, table = result.data, result.table
+    for group in data["group"].to_numpy().tolist():
+        values = table[(table["group"] == group) & (table["layer"] == 2)]["intrinsic_dimension"]
+        at = data.sel(group=group, layer=2)
+        low, mean, high = (float(at[f"group_dimension{end}"]) for end in ("_low", "", "_high"))
+        assert values.min() - 1e-9 <= low < mean < high <= values.max() + 1e-9
+    drawn = result.figure("groups")
+    assert all(np.isfinite(np.array(line.error_y.array, float)).all() for line in drawn.data)
+    assert "95 % intervals over documents" in drawn.layout.title.subtitle.text
+    old = replace(result, data=data.drop_vars(["group_dimension_low", "group_dimension_high"])).figure("groups")
+    assert all(line.error_y.array is None for line in old.data)
+    assert "95 %" not in old.layout.title.subtitle.text
 
 
 def test_each_sequence_is_read_alone_and_averaged(planted):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,23 @@ def test_last_tokens_have_no_next_token_and_are_ranked_all_the_same(tmp_path):
     assert np.isnan(float(result.data["next_ratio"]))
     assert not np.isnan(float(result.data["mean_share"]))
     assert "nan" not in result.headline()
+
+
+def test_curves_by_rank_have_intervals_over_documents(tmp_path):
+    keys, centres = clustered_keys()
+    states = centres[DRAW.integers(CLUSTERS, size=160)]
+    result = VocabularyKeys(where=None, clusters=CLUSTERS, seeds=1).run(store_of(tmp_path / "s", keys, states))
+    data, drawn = result.data, result.figures()
+    for name, figure in (("share_main", drawn["share"]), ("cosine", drawn["cosine"])):
+        low, mean, high = (data[f"{name}{end}"].to_numpy() for end in ("_low", "", "_high"))
+        known = ~np.isnan(mean)
+        assert (low[known] <= mean[known] + 1e-9).all()
+        assert (mean[known] <= high[known] + 1e-9).all()
+        band, line, _ = figure.data
+        np.testing.assert_allclose(line.y - line.error_y.arrayminus, low[known])
+        assert band.meta == {"decoration": "band"}
+        assert "band: 95 % CI over documents" in figure.layout.title.subtitle.text
+    lost = [f"{name}_{end}" for name in ("share_main", "cosine") for end in ("low", "high")]
+    old = replace(result, data=data.drop_vars(lost)).figures()
+    assert [len(figure.data) for figure in old.values()] == [2, 2]
+    assert not any("95 %" in figure.layout.title.subtitle.text for figure in old.values())

@@ -73,7 +73,8 @@ def prompt_precision(result: Result) -> go.Figure:
                 ends = recorded_ends(at.sel(k=1), "precision")
                 curves.append(Curve(name, at["precision"].sel(k=1).to_numpy(), colour, ends=ends))
                 curves.append(Curve(f"{name}, zero state", zero, colour, dash="dot", group=name, legend=False))
-            curves.append(Curve("bigram baseline", float(at_horizon["bigram_precision"]), NEUTRAL, dash="dash"))
+            bigram, ends = float(at_horizon["bigram_precision"]), recorded_ends(at_horizon, "bigram_precision")
+            curves.append(Curve("bigram baseline", bigram, NEUTRAL, dash="dash", ends=ends))
             panels.append(Panel(f"{regime_name(regime)}, t+{horizon + 1}", curves))
         rows.append(panels)
     return layer_panels(

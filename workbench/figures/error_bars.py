@@ -18,7 +18,7 @@ def error_bars(
 
 
 def band_traces(
-    line: go.Scatter, ends: tuple[Float[np.ndarray, " point"] | float, Float[np.ndarray, " point"] | float] | None
+    line: go.Scatter, ends: tuple[Float[np.ndarray, ...] | float, Float[np.ndarray, ...] | float] | None
 ) -> Sequence[go.Scatter]:
     """Returns a line with the band between the lower and upper ends of its interval behind it; without ends, the line.
 

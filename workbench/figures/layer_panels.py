@@ -29,8 +29,8 @@ class Curve:
     """Curves of a group are switched together by the legend. "": the name."""
     legend: bool = True
     """False for references that the subtitle explains."""
-    ends: tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]] | None = None
-    """Lower and upper end of the interval, drawn as a band. None: no band."""
+    ends: tuple[Float[np.ndarray, ...], Float[np.ndarray, ...]] | None = None
+    """Lower and upper end of the interval, by layer or of all, drawn as a band. None: no band."""
 
 
 @dataclass(frozen=True)

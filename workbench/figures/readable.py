@@ -97,14 +97,6 @@ def _is_part(token: str) -> bool:
     return data is not None and _decoded(data) is None and bool(_PART.fullmatch(data))
 
 
-def visual_order(tokens: Sequence[str]) -> list[int]:
-    """Returns the indices of tokens from left to right: runs from right to left (Arabic, Hebrew) are reversed."""
-    order = list(range(len(tokens)))
-    for run in right_to_left_runs(tokens):
-        order[run] = reversed(order[run])
-    return order
-
-
 def right_to_left_runs(tokens: Sequence[str]) -> list[slice]:
     """Returns the runs of tokens that are read from right to left (Arabic, Hebrew).
 

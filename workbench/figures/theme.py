@@ -93,15 +93,15 @@ def _template(ink: str, grid: str, page: str) -> go.layout.Template:
             "updatemenudefaults": {"bgcolor": page, "bordercolor": grid, "font": {"color": ink}},
             "coloraxis": {"colorbar": NUMBERS},
         },
-        data=_bars(NUMBERS),
+        data=_traces(ink),
     )
 
 
-def _bars(bar: dict[str, Any]) -> dict[str, Any]:
-    """Colour bars of the traces of a template."""
-    return {"heatmap": [{"colorbar": bar}], "scatter": [{"marker": {"colorbar": bar}}]} | {
-        "bar": [{"marker": {"colorbar": bar}}]
-    }
+def _traces(ink: str) -> dict[str, Any]:
+    """Colour bars of the traces of a template, and intervals of bars, which plotly draws in dark grey."""
+    marker = {"marker": {"colorbar": NUMBERS}}
+    intervals = {"error_x": {"color": ink}, "error_y": {"color": ink}}
+    return {"heatmap": [{"colorbar": NUMBERS}], "scatter": [marker], "bar": [{**marker, **intervals}]}
 
 
 def _paper_template() -> go.layout.Template:

@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from workbench.figures.readable import readable_tokens, visual_order
-from workbench.figures.safe_text import label, plain
+from workbench.figures.readable import readable_tokens, right_to_left_runs
+from workbench.figures.safe_text import label
 from workbench.figures.theme import (
     BELOW_TOP,
     CELLS,
@@ -33,7 +33,6 @@ MAX_STRIP_TOKENS = 2_048
 _BAR_TICKS = 4  # of the short colour bar above a strip: labels of more would turn
 _LINE = 12  # tokens: as wide as a report on a small screen
 _CELL = 66, 24  # pixels
-_ENDS = ("⏎", "␍")  # of the text of a token that ends its line
 _QUANTILE = 0.99  # of the absolute values: the end of the colours, so that one massive value does not bleach the others
 
 
@@ -81,14 +80,18 @@ def token_strip(
         f"position {position}, {label(token)}: {value:.4g}"
         for position, token, value in zip(positions, tokens, values, strict=True)
     ]
-    lines = _lines(readable, line)
+    wrap = {
+        "ends": [at for at, token in enumerate(readable) if token.endswith(("\n", "\r"))],
+        "runs": [[run.start, run.stop] for run in right_to_left_runs(readable)],
+    }
+    lines = _lines(len(readable), line, **wrap)
     heat = _cells(values, texts, hover, lines, line)
     heat.update(colorscale=SIGNED_CELLS if palette is SIGNED else CELLS, zmin=low, zmax=high)
     heat.colorbar = {**top_bar(unit), "dtick": integer_step([*values[np.isfinite(values)], low, high], _BAR_TICKS)}
     layout = {
         "title": {"text": title, "subtitle": {"text": subtitle}, **BELOW_TOP},
         "margin": {"t": 115, "b": 20},
-        "meta": {"strip": {"lines": lines, "positions": list(map(int, positions))}},
+        "meta": {"strip": {"lines": lines, "positions": list(map(int, positions)), **wrap}},
         "xaxis": {"visible": False},
         "yaxis": {"title": {"text": "position"}, "autorange": "reversed", "showgrid": False},
     }
@@ -112,26 +115,18 @@ def is_strip(figure: go.Figure) -> bool:
 def restrip(figure: go.Figure, line: int, most: int) -> tuple[go.Figure, int]:
     """Returns a copy of a strip in at most `most` lines of at most `line` tokens, and the number of tokens it holds."""
     copy, heat = ThemedFigure(figure.data, figure.layout.to_plotly_json()), figure.data[0]
-    lines, positions = (figure.layout.meta["strip"][name] for name in ("lines", "positions"))
+    strip = figure.layout.meta["strip"]
+    lines, positions = strip["lines"], strip["positions"]
     place = {index: (row, column) for row, part in enumerate(lines) for column, index in enumerate(part)}
-    whole = max(map(len, lines))
-    paragraphs: list[list[int]] = [[]]
-    for number, part in enumerate(lines):
-        paragraphs[-1] += sorted(part)
-        last = plain(heat.text[number][part.index(max(part))]) if part else ""
-        if len(part) < whole or last.endswith(_ENDS):
-            paragraphs.append([])
-    parts = [part[first : first + line] for part in paragraphs for first in range(0, len(part), line)][:most] or [[]]
+    parts = _lines(len(positions), line, strip["ends"], strip["runs"])[:most]
 
     def moved(cells: Any, fill: Any) -> list[list[Any]]:
-        return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in visual_lines]
+        return [[cells[place[i][0]][place[i][1]] for i in part] + [fill] * (line - len(part)) for part in parts]
 
-    texts = [[plain(heat.text[place[i][0]][place[i][1]]) for i in part] for part in parts]
-    visual_lines = [[part[at] for at in visual_order(text)] for part, text in zip(parts, texts, strict=True)]
     cells = copy.data[0]
     cells.z, cells.text, cells.customdata = moved(heat.z, np.nan), moved(heat.text, ""), moved(heat.customdata, "")
-    cells.x, cells.y = list(range(line)), list(range(len(visual_lines)))
-    return _lay_out(copy, visual_lines, positions, line), sum(map(len, visual_lines))
+    cells.x, cells.y = list(range(line)), list(range(len(parts)))
+    return _lay_out(copy, parts, positions, line), sum(map(len, parts))
 
 
 def _cells(
@@ -168,17 +163,23 @@ def _lay_out(figure: go.Figure, lines: Sequence[Sequence[int]], positions: Seque
     return figure.update_yaxes(tickmode="array", tickvals=list(range(len(lines))), ticktext=names, ticks="")
 
 
-def _lines(tokens: Sequence[str], line: int) -> list[list[int]]:
-    """Indices of the tokens of each line from left to right; a token that ends in a newline is the last of its line."""
-    lines: list[list[int]] = [[]]
-    for index, token in enumerate(tokens):
-        if len(lines[-1]) == line:
-            lines.append([])
-        lines[-1].append(index)
-        if token.endswith(("\n", "\r")):
-            lines.append([])
-    filled = [part for part in lines if part] or [[]]
-    return [[part[at] for at in visual_order([tokens[index] for index in part])] for part in filled]
+def _lines(tokens: int, line: int, ends: Sequence[int], runs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the tokens of each line from left to right; `wrapStrip` of figure.js does the same.
+
+    Args:
+        tokens: Number of tokens.
+        line: Tokens per line at most.
+        ends: Indices of tokens that are the last of their line.
+        runs: First and last plus 1 of each run from right to left.
+    """
+    starts = [0, *(end + 1 for end in ends)]
+    paragraphs = [range(first, last) for first, last in zip(starts, [*starts[1:], tokens], strict=True)]
+    parts = [[*part[first : first + line]] for part in paragraphs for first in range(0, len(part), line)]
+    for part in parts:
+        for first, last in runs:
+            inside = slice(max(first - part[0], 0), max(last - part[0], 0))
+            part[inside] = reversed(part[inside])
+    return parts or [[]]
 
 
 def _limits(values: Float[np.ndarray, " token"], signed: bool) -> tuple[float, float]:

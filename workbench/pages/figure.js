@@ -4,6 +4,7 @@ const NARROW = 520; // pixels: below, the key of a figure stands below its plot
 const TITLED = 760; // pixels that a title beside plotly's buttons needs
 const CHARACTER = 6.8; // width at 12 to 13 pixels
 const [KEY, KEY_LINE] = [48, 19]; // pixels of a line and its gap before a name, and of a line of names
+const STRIP = [60, 24]; // least width and height of a cell of a strip
 const [PANEL, SIDES, TICK, LABEL] = [220, 110, 34, 14]; // least width of a panel, what stands beside panels, a tick, a turned label
 
 function numbersOf(part) {
@@ -19,7 +20,8 @@ function numbersOf(part) {
 function wrapGrid({ data, layout }, room) {
   const { tokens, rows, cell: [width, row], names, words } = layout.meta.grid;
   const height = rows + 3;
-  const line = Math.max(1, Math.min(tokens, Math.floor((room - 100) / width)));
+  const sides = room < NARROW ? 64 : 100;
+  const line = Math.max(1, Math.min(tokens, Math.floor((room - sides) / width)));
   const lines = Math.ceil(tokens / line);
   const range = (count) => Array.from({ length: count }, (_, at) => at);
   const stack = (flat, fill, fine) => range(lines).reverse().flatMap((at) => flat.map((values) => {
@@ -55,17 +57,46 @@ function wrapGrid({ data, layout }, room) {
     tickvals: starts.flatMap((start) => shown.map(([number]) => start + number)),
     ticktext: starts.flatMap(() => shown.map(([, name]) => name)) };
   const least = layout.title?.text ? Math.min(TITLED, room) : 280;
-  const wide = Math.max(least, line * width + 100);
+  const wide = Math.max(least, line * width + sides);
   const key = layout.showlegend && wide < NARROW ? KEY_LINE : 0; // its two names stand below each other
-  const margin = { ...layout.margin, b: (layout.margin?.b ?? 60) + key };
+  const margin = { ...layout.margin, b: (layout.margin?.b ?? 60) + key, ...(room < NARROW && { l: 60, r: 4 }) };
   const size = { width: wide, height: layout.height + (lines - 1) * height * row + key, margin };
-  const xaxis = { ...layout.xaxis, range: [-0.5, (wide - 100) / width - 0.5] };
+  const xaxis = { ...layout.xaxis, range: [-0.5, (wide - sides) / width - 0.5] };
   return { data: wrapped, layout: { ...layout, ...size, yaxis, xaxis } };
 }
 
-// A figure for `room` pixels: a grid of tokens in lines that fit, a figure that may shrink below NARROW with its key below.
+// A strip of tokens in lines that fit into `room` pixels: `restrip` of token_strip.py.
+function wrapStrip({ data: [heat], layout }, room) {
+  const { lines, positions, ends, runs } = layout.meta.strip;
+  const margin = { ...layout.margin, ...(room < NARROW && { l: 52, r: 4 }) };
+  const most = Math.floor((room - (margin.l ?? 70) - (margin.r ?? 30)) / STRIP[0]);
+  const line = Math.max(1, Math.min(most, Math.max(...lines.map((part) => part.length))));
+  const starts = [0, ...ends.map((end) => end + 1)];
+  const parts = starts.flatMap((first, at) => {
+    const paragraph = positions.map((_, index) => index).slice(first, starts[at + 1]);
+    return Array.from({ length: Math.ceil(paragraph.length / line) }, (_, row) => paragraph.slice(row * line, (row + 1) * line));
+  });
+  for (const part of parts) for (const [first, last] of runs) {
+    const inside = part.filter((index) => first <= index && index < last);
+    part.splice(part.findIndex((index) => inside.includes(index)), inside.length, ...inside.reverse());
+  }
+  const place = new Map(lines.flatMap((part, row) => part.map((index, column) => [index, [row, column]])));
+  const moved = (cells, fill) => parts.map((part) => [
+    ...part.map((index) => cells[place.get(index)[0]][place.get(index)[1]]), ...Array(line - part.length).fill(fill)]);
+  const wrapped = { ...heat, z: moved(numbersOf(heat.z), null), text: moved(heat.text, ""), customdata: moved(heat.customdata, ""),
+    x: [...Array(line).keys()], y: [...parts.keys()] };
+  const ticks = { tickvals: wrapped.y, ticktext: parts.map((part) => String(positions[Math.min(...part)])) };
+  const height = layout.height + STRIP[1] * (Math.max(2, parts.length) - Math.max(2, lines.length));
+  const size = { width: room, height, margin, title: room < NARROW ? undefined : layout.title };
+  const xaxis = { ...layout.xaxis, range: [-0.5, most - 0.5] };
+  return { data: [wrapped], layout: { ...layout, ...size, xaxis, yaxis: { ...layout.yaxis, ...ticks } } };
+}
+
+// A figure for `room` pixels: grids and strips of tokens in lines that fit, a figure that may shrink below NARROW with its key below.
 function fitFigure(figure, room, { fluid, width }) {
-  if (figure.layout.meta?.grid) return wrapGrid(figure, room);
+  const { grid, strip } = figure.layout.meta ?? {};
+  if (grid) return wrapGrid(figure, room);
+  if (strip && room < width) return wrapStrip(figure, room);
   return fluid && room < Math.min(NARROW, width) ? narrowFigure(figure, room, width) : figure;
 }
 
@@ -182,6 +213,21 @@ function narrowFigure({ data: drawn, layout: given }, room, fullWidth) {
   return { data, layout: { ...layout, ...rest, ...axes, ...size, title: undefined } };
 }
 
+// Moves a plot down whose key stands under plotly's buttons.
+function clearKey(plot, tries = 3) {
+  const boxes = [".legend .bg", ".modebar-group:last-child", ".modebar-group"].map((name) => plot.querySelector(name)?.getBoundingClientRect());
+  const [key, last, first] = boxes;
+  if (!tries || !key || !last?.height || key.top >= last.bottom || key.bottom <= last.top || key.right < first.left) return;
+  const more = Math.ceil(last.bottom - key.top), { margin, height } = plot._fullLayout;
+  const moved = Plotly.relayout(plot, { "margin.t": margin.t + more, height: height + more });
+  moved.then(() => requestAnimationFrame(() => clearKey(plot, tries - 1))); // the buttons may have become higher
+}
+
+function afterDrawing(plot) {
+  watchHeads(plot);
+  requestAnimationFrame(() => clearKey(plot)); // the buttons have their place with the next picture
+}
+
 // Plotly's buttons, without its logo; a phone has no room for them.
 const optionsFor = (room) => ({ displaylogo: false, showTips: false, ...(room < 480 && { displayModeBar: false }) });
 
@@ -196,7 +242,7 @@ function showFigure(plot, figure) {
   const draw = () => {
     const room = plot.parentElement.clientWidth;
     const { data, layout } = fitFigure(room < NARROW ? untitled(figure) : figure, room, figure);
-    Plotly.react(plot, data, layout, optionsFor(room)).then(() => watchHeads(plot));
+    Plotly.react(plot, data, layout, optionsFor(room)).then(() => afterDrawing(plot));
   };
   let waiting;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 150); });

@@ -2,9 +2,17 @@
 // Draws each figure when it is scrolled near, in the page's colour scheme, and all figures in light before printing.
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const drawings = new Map();
-const PAPER = 680, SHEET = 900; // pixels of a printed page
+const PAPER = 680, SHEET = 900, HEADED = 640; // pixels of a printed page, and of a figure below its heading
 // Printed figures are scaled so that two fit on a page with their heading, to not less than 3/4; high ones to 60 % of a page.
-const fitOf = (width, height) => Math.min(1, PAPER / width, Math.max(330 / height, 0.75), Math.max(560 / height, 0.5), SHEET / height);
+const fitOf = (width, height, sheet) => Math.min(1, PAPER / width, Math.max(330 / height, 0.75), Math.max(560 / height, 0.5), sheet / height);
+
+// The width at which a grid of tokens is largest in print: longer lines are fewer.
+function printedRoom(figure, sheet) {
+  if (!figure.layout.meta?.grid) return PAPER;
+  const scaleIn = (room) => { const { width, height } = fitFigure(figure, room, figure).layout; return fitOf(width, height, sheet); };
+  const rooms = [1, 1.25, 1.5, 1.75, 2, 2.5, 3].map((factor) => factor * PAPER);
+  return rooms.reduce((best, room) => (scaleIn(room) > scaleIn(best) ? room : best));
+}
 
 function toDark(figure) {
   const copy = structuredClone({ data: figure.data, layout: figure.layout });
@@ -17,17 +25,18 @@ function toDark(figure) {
   return copy;
 }
 
-function draw(place, dark, paper = 0) {
+function draw(place, dark, paper = false) {
   const figure = JSON.parse(place.querySelector("script").textContent);
   const themed = dark ? toDark(figure) : figure;
-  const room = paper || place.parentElement.clientWidth;
+  const sheet = place.closest("figure:first-child") ? HEADED : SHEET;
+  const room = paper ? printedRoom(figure, sheet) : place.parentElement.clientWidth;
   const wide = Math.max(room || figure.width, 280);
   const { data, layout } = fitFigure(themed, wide, figure);
   const width = layout.width ?? (figure.fluid ? Math.min(figure.width, wide) : figure.width);
-  place.style.setProperty("--fit", fitOf(width, layout.height ?? figure.height).toFixed(3));
-  drawings.set(place, { width, dark });
+  place.style.setProperty("--fit", fitOf(width, layout.height ?? figure.height, sheet).toFixed(3));
+  drawings.set(place, { width, dark, wrapped: Boolean(figure.layout.meta?.grid ?? figure.layout.meta?.strip) });
   const plot = place.firstElementChild;
-  Plotly.react(plot, data, { ...layout, width }, optionsFor(room)).then(() => watchHeads(plot));
+  Plotly.react(plot, data, { ...layout, width }, optionsFor(room)).then(() => afterDrawing(plot));
 }
 
 const near = new IntersectionObserver((entries) => {
@@ -86,7 +95,10 @@ addEventListener("beforeprint", () => {
   document.body.classList.add("paper");
   document.querySelectorAll("details:not([open])").forEach((part) => { part.open = true; part.dataset.shut = ""; });
   document.querySelectorAll(".wide table").forEach(splitTable);
-  places.forEach((place) => { if (!drawings.has(place) || drawings.get(place).dark || drawings.get(place).width > PAPER) draw(place, false, PAPER); });
+  for (const place of places) {
+    const drawn = drawings.get(place);
+    if (!drawn || drawn.dark || drawn.wrapped || drawn.width > PAPER) draw(place, false, true);
+  }
 });
 addEventListener("afterprint", () => {
   document.body.classList.remove("paper");
