@@ -227,7 +227,7 @@ def test_padding_behind_a_shorter_text_needs_no_donor(llama, tmp_path):
         (lambda: wb.ScaleAttention(1, 0, 0, -1), "factor must be at least 0"),
         (lambda: wb.ScaleAttention(9, 0, 0, 1), "layer must be a whole number, from 0 to 2"),
         (lambda: wb.ScaleAttention(1, 4, 0, 1), "head must be query heads from 0 to 3 of layer 1, not 4"),
-        (lambda: wb.BiasAttention(1, 0, 0, float("nan")), "value must be above"),
+        (lambda: wb.BiasAttention(1, 0, 0, float("nan")), "value must be finite, not nan"),
         (lambda: wb.RedistributeAttention(1, 0, 0, 1.5), "keep must be from 0 to 1"),
         (lambda: wb.ScaleAttention(1, 0, "first", 1), "at must be a position"),
     ],

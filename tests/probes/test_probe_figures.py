@@ -71,8 +71,10 @@ def decoded(value):
 
 
 def banded(data, name):
-    """The band of a curve over layers and the curve, as they are drawn; a single document has no interval."""
-    middle, low, high = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
+    """The band of a curve over layers and the curve, as they are drawn, a single value at each layer; a single document
+    has no interval."""
+    ends = (data[f"{name}{end}"].to_numpy() for end in ("", "_low", "_high"))
+    middle, low, high = (end if end.ndim else np.full(data.sizes["layer"], end) for end in ends)
     if np.isnan(low).all():
         return [{"y": middle}]
     return [{"y": [*high, *low[::-1]]}, {"y": middle, "error_y.array": high - middle}]
@@ -141,7 +143,7 @@ def future_lens(result):
     for method in data["method"].to_numpy():
         for horizon in data["horizon"].to_numpy():
             precision += banded(data.sel({"method": method, "horizon": horizon, "k": 1}), "precision")
-            precision.append({"y": [float(data["bigram_precision"].sel(horizon=horizon))] * data.sizes["layer"]})
+            precision += banded(data.sel(horizon=horizon), "bigram_precision")
             middle, low, high = (
                 data[f"gain{end}"].sel({"method": method, "horizon": horizon}).to_numpy()
                 for end in ("", "_low", "_high")
@@ -166,7 +168,7 @@ def future_prompts(result):
             for prompt in data["prompt"].to_numpy():
                 precision += banded(part.sel(prompt=prompt, k=1), "precision")
                 precision.append({"y": part["zero_precision"].sel(prompt=prompt)})
-            precision.append({"y": [float(part["bigram_precision"])] * data.sizes["layer"]})
+            precision += banded(part, "bigram_precision")
             best = part.isel(prompt=int(part["best_prompt"])).sel(layer=int(part["best_layer"]))
             ranks.append({"y": best["precision"], "error_y.array": best["precision_high"] - best["precision"]})
     return {"precision": precision, "ranks": ranks}
