@@ -291,6 +291,12 @@ def test_demo_is_the_embedded_one(tmp_path, monkeypatch):
     assert (sae.name, sae.d_sae) == ("demo", 33)
 
 
+@pytest.mark.parametrize("name", ["demo", "planted"])
+def test_an_id_beside_an_embedded_one_is_refused(name):
+    expected = f"sae_id 'layer_3': SAE {name!r} is the only one of its name; leave sae_id out"
+    assert refused(RequestError, lambda: load_sae(name, "layer_3")) == expected
+
+
 def test_config_returns_the_content_of_the_file(tmp_path):
     folder = save_sae(tmp_path / "one", "topk", hook_name="blocks.0.hook_resid_post")
     written = json.loads((folder / "cfg.json").read_text())

@@ -78,6 +78,8 @@ def load_sae(
     if sae_id is not None:
         sae_id = os.fspath(as_path("sae_id", sae_id))
     device, text = usable_device(device), os.fspath(name)
+    if sae_id is not None and text in (embedded.NAME, embedded.PLANTED):
+        raise RequestError(f"sae_id {sae_id!r}: SAE {text!r} is the only one of its name; leave sae_id out")
     if text == embedded.NAME:
         return _load_place(_demo_directory(), embedded.NAME, device)
     if text == embedded.PLANTED:
