@@ -6,10 +6,10 @@ the values of each exactly: whole numbers become floats beside floats, and rows 
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,9 @@ from workbench.io.errors import DataError, RequestError
 from workbench.store.groups import segment_tables
 from workbench.store.manifest import Manifest, Segment
 from workbench.store.token_table import read_schema
+
+_Typed: TypeAlias = tuple[pa.DataType, str | os.PathLike[str]]
+"""Type of a column, and the store that has it."""
 
 _EXACT = 2**53  # whole numbers up to this size are floats, too
 _DIGITS = {"int64": 19, "uint64": 20}
@@ -63,17 +66,30 @@ def store_columns(path: str | os.PathLike[str], manifest: Manifest) -> pa.Schema
 
 def common_columns(schemas: Iterable[pa.Schema], path: str | os.PathLike[str]) -> pa.Schema:
     """Returns the columns of several parts. DataError, with the name `path`, where a column has no common type."""
-    types: dict[str, pa.DataType] = {}
-    for schema in schemas:
+
+    def conflict(name: str, first: _Typed, second: _Typed) -> DataError:
+        return DataError(
+            f"{path}: parts of the store have column {name!r} as {first[0]} and as {second[0]}; run workbench verify "
+            "on it"
+        )
+
+    return _common_columns(((path, schema) for schema in schemas), conflict)
+
+
+def _common_columns(
+    schemas: Iterable[tuple[str | os.PathLike[str], pa.Schema]],
+    conflict: Callable[[str, _Typed, _Typed], Exception],
+) -> pa.Schema:
+    """Columns of schemas with their places; `conflict` makes the error for a name of two types without a common one."""
+    columns: dict[str, _Typed] = {}
+    for place, schema in schemas:
         for field in schema:
-            common = _common_type(types.get(field.name, pa.null()), field.type)
+            kind, first = columns.get(field.name, (pa.null(), place))
+            common = _common_type(kind, field.type)
             if common is None:
-                raise DataError(
-                    f"{path}: parts of the store have column {field.name!r} as {types[field.name]} and as "
-                    f"{field.type}; run workbench verify on it"
-                )
-            types[field.name] = common
-    return pa.schema(list(types.items()))
+                raise conflict(field.name, (kind, first), (field.type, place))
+            columns[field.name] = (common, first if common.equals(kind) else place)
+    return pa.schema([(name, kind) for name, (kind, _) in columns.items()])
 
 
 def check_common_columns(stores: Sequence[tuple[Path, Manifest]]) -> pa.Schema:
@@ -83,17 +99,12 @@ def check_common_columns(stores: Sequence[tuple[Path, Manifest]]) -> pa.Schema:
         RequestError: A column that has no type which holds the values of all stores exactly.
     """
     recorded = [(path, manifest, part_columns(path, manifest)) for path, manifest in stores]
-    kinds: dict[str, tuple[pa.DataType, Path]] = {}
-    for path, _, parts in recorded:
-        for field in itertools.chain(*parts.values()):
-            kind, first = kinds.get(field.name, (pa.null(), path))
-            if (common := _common_type(kind, field.type)) is None:
-                raise RequestError(
-                    f"stores: column {field.name!r} holds {_words(kind)} in {first} and {_words(field.type)} in "
-                    f"{path}; merge stores whose columns agree"
-                )
-            kinds[field.name] = (common, first if common.equals(kind) else path)
-    columns = pa.schema([(name, kind) for name, (kind, _) in kinds.items()])
+
+    def conflict(name: str, first: _Typed, second: _Typed) -> RequestError:
+        found = " and ".join(f"{_words(kind)} in {place}" for kind, place in (first, second))
+        return RequestError(f"stores: column {name!r} holds {found}; merge stores whose columns agree")
+
+    columns = _common_columns(((path, schema) for path, _, parts in recorded for schema in parts.values()), conflict)
     for path, manifest, parts in recorded:
         for part, schema in parts.items():
             files = segment_tables(path, [segment for segment in manifest.segments if segment.part == part])
