@@ -246,8 +246,13 @@ def _goodfire(path: Path) -> Converted:
     """f = relu(encoder(x)); b_dec is not subtracted."""
     tensors = read_tensors(path)
     suffix = "_linear" if "encoder_linear.weight" in tensors else ""
-    parts = {"W_enc": "encoder{}.weight", "b_enc": "encoder{}.bias", "W_dec": "decoder{}.weight"}
-    names = {name: stored.format(suffix) for name, stored in (parts | {"b_dec": "decoder{}.bias"}).items()}
+    encoder, decoder = f"encoder{suffix}", f"decoder{suffix}"
+    names = {
+        "W_enc": f"{encoder}.weight",
+        "b_enc": f"{encoder}.bias",
+        "W_dec": f"{decoder}.weight",
+        "b_dec": f"{decoder}.bias",
+    }
     weights = take_weights(tensors, names, path, transposed=_MATRICES)
     metadata: dict[str, Any] = {}
     if layer := _layer_of(path):

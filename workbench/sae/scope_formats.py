@@ -233,15 +233,14 @@ def _lm_saes_weights(
         raise RequestError(f"{source}: use_glu_encoder changes the features and is not supported")
     tensors = read_tensors(path) if tensors is None else tensors
     if "W_E" in tensors:
-        names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
-        weights = {name: take(tensors, stored, path) for name, stored in names.items() if name != "b_dec"}
+        names, transposed = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D"}, ()
     else:
         names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
-        weights = take_weights(tensors, names, path, transposed=["W_enc", "W_dec"])
-    check_shapes(path, weights, names)
-    bias = next((tensors.pop(name) for name in ("b_D", "decoder.bias") if name in tensors), None)
-    weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1]) if bias is None else bias
-    check_shapes(path, weights, names)
+        transposed = ("W_enc", "W_dec")
+    weights = take_weights(tensors, names, path, transposed)
+    bias = next((name for name in ("b_D", "decoder.bias") if name in tensors), "b_dec")
+    weights["b_dec"] = tensors.pop(bias, torch.zeros(weights["W_dec"].shape[1]))
+    check_shapes(path, weights, names | {"b_dec": bias})
     check_none_left(tensors, path)
     width, factor = config.get("d_model"), config.get("expansion_factor")
     features = config.get("d_sae")
