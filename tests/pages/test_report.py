@@ -381,17 +381,22 @@ def test_a_printed_table_goes_on_below_with_every_column_whole(tmp_path):
         assert page.run(PRINTED_CELLS) == before
 
 
+def drawn_for_print(page, path, pictures):
+    """Opens a page as it is printed, and waits for as many pictures by plotly, two a figure."""
+    page.size(700, 900)
+    page.open(path.as_uri())
+    page.ask("Emulation.setEmulatedMedia", media="print")
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    page.wait(f"document.querySelectorAll('.plot .main-svg').length >= {pictures}")
+
+
 def test_printed_figures_leave_room_for_their_heading(tmp_path):
     figures = {str(height): figure(width=600).update_layout(height=height) for height in (450, 800, 1600)}
     first = {"first": figure(width=600).update_layout(height=1600)}
     sections = [Section("part", figures=figures), Section("high", figures=first)]
     path = write_report(sections, tmp_path / "page.html", title="t")
     with chromium() as page:
-        page.size(700, 900)
-        page.open(path.as_uri())
-        page.ask("Emulation.setEmulatedMedia", media="print")
-        page.run("dispatchEvent(new Event('beforeprint'))")
-        page.wait("document.querySelectorAll('.plot .main-svg').length >= 4")
+        drawn_for_print(page, path, pictures=4)
         heights = page.run("[...document.querySelectorAll('.plot > div')].map((p) => p.getBoundingClientRect().height)")
     assert heights[0] <= 345
     assert heights[1] <= 560
@@ -428,11 +433,7 @@ def test_a_printed_grid_of_tokens_is_as_large_as_longer_lines_allow(tmp_path):
     )
     path = write_report([Section("part", figures={"a": figure(), "b": drawn})], tmp_path / "page.html", title="t")
     with chromium() as page:
-        page.size(700, 900)
-        page.open(path.as_uri())
-        page.ask("Emulation.setEmulatedMedia", media="print")
-        page.run("dispatchEvent(new Event('beforeprint'))")
-        page.wait("document.querySelectorAll('.plot .main-svg').length >= 6")
+        drawn_for_print(page, path, pictures=6)
         drawn_at = "document.querySelectorAll('.plot')[1]"
         box = page.run(f"{drawn_at}.querySelector('.main-svg').getBoundingClientRect().toJSON()")
         scale = float(page.run(f"{drawn_at}.style.getPropertyValue('--fit')"))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from recorded_operations import MORE, SETTINGS, TEXTS, tiny_model
+from recorded_operations import MORE, TEXTS, recorded, tiny_model
 from refusals import refused
 from store_example import contents
 
@@ -20,10 +20,6 @@ FEW, ALL = ["resid_post.1"], ["resid_post.1", "pattern.0", "resid_mid"]
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def recorded(model, out, texts=TEXTS, **options):
-    return record(model, texts, out=out, show_progress=False, **(SETTINGS | options))
 
 
 def assert_same_arrays(store, expected):

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from recorded_operations import SETTINGS, TEXTS, tiny_model
+from recorded_operations import TEXTS, recorded, tiny_model
 
 from workbench.features.removal import remove
 from workbench.io.errors import DataError, RequestError
-from workbench.recording.record import record
 from workbench.store.lost_values import lost_values
 from workbench.store.merged_store import merge
 from workbench.store.reader import open_store
@@ -18,10 +17,6 @@ OTHER = [[token + 1 for token in text] for text in TEXTS]  # of the same lengths
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def recorded(model, out, texts=TEXTS, **options):
-    return record(model, texts, out=out, show_progress=False, **(SETTINGS | options))
 
 
 def test_an_old_handle_never_reads_the_store_in_its_place(model, tmp_path):

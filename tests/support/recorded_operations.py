@@ -38,6 +38,13 @@ def tiny_model() -> Any:
     return model
 
 
+def recorded(model: Any, out: Path, texts: Any = TEXTS, **options: Any) -> Any:
+    """Returns a store of the texts, recorded with SETTINGS where `options` has no others."""
+    from workbench.recording.record import record
+
+    return record(model, texts, out=out, show_progress=False, **(SETTINGS | options))
+
+
 def readable(folder: Path) -> None:
     """Raises where a store in the folder cannot be opened, or verify finds an error in it."""
     from workbench.store.reader import open_store
